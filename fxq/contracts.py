@@ -1,0 +1,98 @@
+"""What a pass promises about the numbers, and how the promise is checked on a probe batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from fxq.errors import ContractError
+
+
+class Contract(StrEnum):
+    """The promise a pass makes about the program's output."""
+
+    SAME_NUMBERS = "same-numbers"
+    ANNOTATES_ONLY = "annotates-only"
+    OBSERVES_ONLY = "observes-only"
+    CHANGES_NUMBERS = "changes-numbers"
+
+
+TOLERANCE = 1e-4
+"""How far a same-numbers pass may move the output, relative to its largest magnitude."""
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """The floating-point tensors in an output, whatever it is nested in."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_of(item)
+
+
+def output_sqnr(reference: Any, actual: Any) -> float:
+    """Signal-to-noise ratio of an output against a reference, in dB, over all its tensors.
+
+    Infinite where they are equal; ``-inf`` where the actual output is not finite.
+
+    Example:
+        >>> round(output_sqnr(torch.tensor([1.0, -1.0]), torch.tensor([1.1, -1.1])), 1)
+        20.0
+    """
+    signal, noise = 0.0, 0.0
+    for want, have in zip(tensors_of(reference), tensors_of(actual), strict=True):
+        signal += float(want.double().square().sum())
+        noise += float((want.double() - have.double()).square().sum())
+    if not math.isfinite(noise):
+        return -math.inf
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def relative_error(reference: Any, actual: Any) -> float:
+    """The largest absolute difference over the largest magnitude of the reference."""
+    worst, magnitude = 0.0, 0.0
+    for want, have in zip(tensors_of(reference), tensors_of(actual), strict=True):
+        if want.shape != have.shape:
+            return math.inf
+        if want.numel():
+            worst = max(worst, float((want - have).abs().max()))
+            magnitude = max(magnitude, float(want.abs().max()))
+    if not math.isfinite(worst):
+        return math.inf
+    return worst / magnitude if magnitude else (math.inf if worst else 0.0)
+
+
+def check_contract(name: str, contract: Contract, before: Any, after: Any) -> None:
+    """The output kept the promise of the pass.
+
+    Args:
+        name: The pass, for the error.
+        contract: What it promised.
+        before: The probe output before it ran.
+        after: The probe output after.
+
+    Raises:
+        ContractError: A same-numbers pass moved the output by more than `TOLERANCE`, or an
+            annotating or observing pass moved it at all.
+    """
+    if contract is Contract.CHANGES_NUMBERS:
+        return
+    error = relative_error(before, after)
+    allowed = TOLERANCE if contract is Contract.SAME_NUMBERS else 0.0
+    if error > allowed:
+        raise ContractError(
+            f"{name} promised {contract.value} but moved the probe output by {error:.2e} of its "
+            f"largest magnitude (allowed: {allowed:g})",
+            where=name,
+            hint="the pass is wrong for this model; leave it out of the recipe and report it",
+        )

@@ -1,0 +1,1 @@
+"""Formulas of quantization: pure functions of tensors and floats, each tied to its paper."""

@@ -1,0 +1,168 @@
+"""Clipping ranges found by search: over a histogram, or over a weight.
+
+Slower than the closed forms of `fxq.numerics.aciq`, and free of any assumption about the shape.
+
+Papers:
+    Migacz, "8-bit Inference with TensorRT", GTC 2017 (searching a histogram for the threshold;
+        here the criterion is the mean squared error instead of the divergence).
+    Banner et al., "Post training 4-bit quantization of convolutional networks for
+        rapid-deployment", NeurIPS 2019, arXiv:1810.05723 (Eq. 3, the error that is minimised).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxq.errors import SpecError
+from fxq.numerics.affine import code_range, fake_quantize, grid_from_range, short_scale
+from fxq.numerics.histogram import Histogram
+
+_FRACTIONS = 64  # candidates per sweep over one end of the range
+_SWEEPS = 3
+_COARSE = tuple(0.05 ** (i / 59) for i in range(60))  # 5 % apart
+_FINE = tuple(0.95 + 0.005 * i for i in range(21))
+_SMALLEST = 0.02  # a clip below 2 % of the observed end has never been optimal at 2 bits or more
+
+
+def mse_clip_from_histogram(
+    histogram: Histogram, bits: int, *, symmetric: bool = False, fused_relu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The range whose grid has the smallest mean squared error over the histogram.
+
+    Each bin stands for its middle. Both ends are shrunk together first, then each in turn; a
+    symmetric or one-sided range has only one end to search.
+
+    Args:
+        histogram: Of the values to quantize (before the ReLU when that is fused).
+        bits: 1 to 8 (2 to 8 when symmetric); the grid is that of `grid_from_range`.
+        symmetric: Whether the grid mirrors around 0.
+        fused_relu: Whether negative values become 0, so the range is [0, clip].
+
+    Returns:
+        low, high: [C] or [] float32, inside the observed range (extended to 0).
+
+    Raises:
+        SpecError: Impossible bits.
+        CalibrationError: The histogram is empty.
+
+    Example:
+        >>> histogram = Histogram()
+        >>> histogram.update(torch.cat([torch.linspace(-1, 1, 10_000), torch.tensor([9.0])]))
+        >>> low, high = mse_clip_from_histogram(histogram, bits=4)
+        >>> bool(1 < high < 3)
+        True
+    """
+    code_range(bits, symmetric)
+    seen = histogram.range()
+    lows, highs = (end.reshape(-1).to(torch.float64) for end in seen)
+    edges = histogram.edges()
+    found = []
+    for row, counts in enumerate(histogram.counts):
+        held = counts.nonzero().squeeze(1)
+        middle = (edges[row, held] + edges[row, held + 1]) / 2
+        middle = middle.clamp(lows[row], highs[row])
+        low, high = lows[row].clamp(max=0), highs[row].clamp(min=0)
+        if fused_relu:
+            middle, low = middle.clamp(min=0), torch.zeros_like(low)
+        found.append(_search(middle, counts[held].to(torch.float64), low, high, bits, symmetric))
+    ends = torch.stack(found).to(torch.float32).unbind(dim=1)
+    return ends[0].view_as(seen[0]), ends[1].view_as(seen[1])
+
+
+def percentile_range(histogram: Histogram, fraction: float) -> tuple[Tensor, Tensor]:
+    """The range that keeps this fraction of the values, cutting equally many at both ends.
+
+    Args:
+        histogram: Of the values to quantize.
+        fraction: Kept share, in (0, 1]; 1 is the whole range.
+
+    Returns:
+        low, high: [C] or [] float32.
+
+    Raises:
+        SpecError: The fraction is outside (0, 1].
+        CalibrationError: The histogram is empty.
+
+    Example:
+        >>> histogram = Histogram()
+        >>> histogram.update(torch.linspace(0, 1, 100_001))
+        >>> [round(end.item(), 2) for end in percentile_range(histogram, 0.9)]
+        [0.05, 0.95]
+    """
+    if not 0 < fraction <= 1:
+        raise SpecError(f"cannot keep a fraction of {fraction}", hint="use 0.999, say")
+    cut = (1 - fraction) / 2
+    return (
+        histogram.quantile(cut).to(torch.float32),
+        histogram.quantile(1 - cut).to(torch.float32),
+    )
+
+
+def mse_weight_scale(weight: Tensor, bits: int, axis: int = 0) -> Tensor:
+    """The symmetric scale per channel with the smallest mean squared error among shrunk ranges.
+
+    The full range is shrunk geometrically down to a 20th, then finely around the best; memory
+    stays at a few copies of the weight.
+
+    Args:
+        weight: [out, in/groups, kh, kw] or any shape with channels on `axis`.
+        bits: 2 to 8.
+        axis: The dimension of the channels.
+
+    Returns:
+        [weight.shape[axis]] float32, short scales.
+
+    Raises:
+        SpecError: Impossible bits; a weight that is empty or not finite.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -1.0, 1.0, 1.4]])
+        >>> scale = mse_weight_scale(weight, bits=2)
+        >>> bool(1.05 < scale < 1.15)
+        True
+    """
+    qmin, qmax = code_range(bits, symmetric=True)
+    if weight.numel() == 0 or not bool(weight.isfinite().all()):
+        raise SpecError("a weight is empty, NaN or infinite", hint="check the float model")
+    rows = weight.detach().to(torch.float32).movedim(axis, 0).flatten(1)
+    best = full = rows.abs().amax(dim=1) / qmax
+    least = torch.full_like(best, torch.inf)
+    for shrink in (_COARSE, _FINE):
+        start = best
+        for fraction in shrink:
+            scale = short_scale(torch.minimum(start * fraction, full))
+            quantized = fake_quantize(rows, scale, 0, qmin, qmax, axis=0)
+            error = quantized.sub_(rows).square_().sum(dim=1)
+            best = torch.where(error < least, scale, best)
+            least = torch.minimum(error, least)
+    return short_scale(best)
+
+
+def _search(
+    values: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool
+) -> Tensor:
+    """[2] float64: the best low and high; values and weights are [held bins]."""
+    shrink = torch.linspace(_SMALLEST, 1, _FRACTIONS, dtype=torch.float64)
+    fixed = torch.ones_like(shrink)
+    lows, highs = low * shrink, high * shrink
+    best = _best(values, weights, lows, highs, bits, symmetric)
+    if symmetric or low == 0 or high == 0:
+        near = torch.linspace(0.96, 1.04, _FRACTIONS + 1, dtype=torch.float64)
+        lows, highs = (best[0] * near).clamp(min=low), (best[1] * near).clamp(max=high)
+        return _best(values, weights, lows, highs, bits, symmetric)
+    for _ in range(_SWEEPS):
+        best = _best(values, weights, best[0] * fixed, high * shrink, bits, symmetric)
+        best = _best(values, weights, low * shrink, best[1] * fixed, bits, symmetric)
+    return best
+
+
+def _best(
+    values: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, bits: int, symmetric: bool
+) -> Tensor:
+    scale, zero_point = grid_from_range(lows, highs, bits, symmetric)
+    qmin, qmax = code_range(bits, symmetric)
+    spread = values.expand(len(scale), -1)
+    error = fake_quantize(spread, scale, zero_point, qmin, qmax, axis=0).sub_(spread)
+    winner = int((error.square_().to(torch.float64) @ weights).argmin())
+    return torch.stack((lows[winner], highs[winner]))

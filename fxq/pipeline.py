@@ -1,0 +1,201 @@
+"""`Pass` and `Pipeline`: ordered passes over a program, each step recorded, verified and measured."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxq.contracts import Contract, check_contract, output_sqnr
+from fxq.errors import FxqError, PassError, RequirementError
+from fxq.graph.capture import propagate_shapes
+from fxq.graph.program import Program, recompile
+from fxq.graph.rewrite import Editor, Miss, neighbourhood
+from fxq.graph.verify import verify
+from fxq.trail.journal import Journal, Step
+from fxq.trail.snapshot import snapshot
+
+__all__ = ["Contract", "Miss", "Pass", "Pipeline", "RulePass"]
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One transformation of a program; its dataclass fields are its options.
+
+    Attributes:
+        name: The name recipes use; the file and class are the same name in other casings.
+        after: Names of passes that must have run.
+        contract: What it promises about the numbers.
+    """
+
+    name: ClassVar[str] = ""
+    after: ClassVar[tuple[str, ...]] = ()
+    contract: ClassVar[Contract] = Contract.CHANGES_NUMBERS
+
+    @abstractmethod
+    def apply(self, program: Program, edit: Editor) -> None:
+        """The program is transformed in place, through the editor."""
+
+    def options(self) -> dict[str, Any]:
+        """The options as JSON-ready values, by name."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: v.value if isinstance(v, Enum) else v for name, v in values.items()}
+
+    @property
+    def promise(self) -> Contract:
+        """The contract of this pass with these options."""
+        return self.contract
+
+    def probe(self, program: Program) -> Any:
+        """The output of the program on its probe batch."""
+        return program.run(*program.probe)
+
+
+@dataclass(frozen=True)
+class RulePass(Pass):
+    """A pass made of rules, each tried on every node: it rewrites, refuses with a reason, or passes.
+
+    Attributes:
+        rules: Functions ``(program, edit, node) -> bool | Miss | None``: True for a hit, `Miss`
+            for a refusal, None for "not my kind of node".
+    """
+
+    rules: ClassVar[tuple[Callable[[Program, Editor, fx.Node], bool | Miss | None], ...]] = ()
+
+    def apply(self, program: Program, edit: Editor) -> None:
+        """Every rule has been tried on every node; a node's first answer counts."""
+        for node in edit.visit():
+            for rule in self.rules:
+                answer = rule(program, edit, node)
+                if isinstance(answer, Miss):
+                    edit.misses.append(answer)
+                elif answer:
+                    edit.hit(node)
+                if answer is not None:
+                    break
+
+
+class Pipeline:
+    """Passes in order.
+
+    Args:
+        passes: The passes.
+        check: Whether to run the probe batch after every pass, which checks contracts and measures
+            what each pass costs.
+
+    Example:
+        >>> from fxq.passes import FoldBatchNorm, MarkRelu
+        >>> Pipeline(FoldBatchNorm(), MarkRelu()).names
+        ('fold-batch-norm', 'mark-relu')
+    """
+
+    def __init__(self, *passes: Pass, check: bool = True) -> None:
+        self.passes = passes
+        self.check = check
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the passes, in order."""
+        return tuple(one.name for one in self.passes)
+
+    def run(
+        self, program: Program, on_step: Callable[[Step], None] | None = None
+    ) -> Journal:
+        """The program has been through every pass; the journal says what each did.
+
+        Args:
+            program: Edited in place.
+            on_step: Called after every pass.
+
+        Raises:
+            RequirementError: A pass comes before one it needs.
+            ContractError: A pass broke its promise.
+            VerifyError: A pass broke an invariant of the graph.
+            PassError: A pass failed; the error names the node and the passes that had run.
+        """
+        self._check_order(program)
+        journal = Journal()
+        original = self._probe(None, program)
+        previous = original
+        for one in self.passes:
+            step, previous = self._run_one(one, program, journal, original, previous)
+            journal.steps.append(step)
+            program.passes_run.append(one.name)
+            if on_step is not None:
+                on_step(step)
+        return journal
+
+    def _check_order(self, program: Program) -> None:
+        done = list(program.passes_run)
+        for one in self.passes:
+            missing = [name for name in one.after if name not in done]
+            if missing:
+                raise RequirementError(
+                    f"{one.name} needs {', '.join(missing)} to run before it",
+                    where=f"pipeline: {', '.join(self.names)}",
+                    hint=f"put {missing[0]} before {one.name}",
+                    passes_run=done,
+                )
+            done.append(one.name)
+
+    def _run_one(
+        self, one: Pass, program: Program, journal: Journal, original: Any, previous: Any
+    ) -> tuple[Step, Any]:
+        before = journal.steps[-1].after if journal.steps else snapshot(program)
+        edit = Editor(program, one.name)
+        start = time.perf_counter()
+        self._apply(one, program, edit)
+        seconds = time.perf_counter() - start
+        recompile(program)
+        verify(program)
+        output = self._probe(one, program)
+        sqnr = total = None
+        if self.check:
+            check_contract(one.name, one.promise, previous, output)
+            sqnr, total = output_sqnr(previous, output), output_sqnr(original, output)
+        step = Step(
+            name=one.name,
+            options=one.options(),
+            contract=one.promise.value,
+            before=before,
+            after=snapshot(program),
+            hits=tuple(edit.hits),
+            misses=tuple(edit.misses),
+            seconds=seconds,
+            sqnr=sqnr,
+            total_sqnr=total,
+            notes=tuple(edit.notes),
+        )
+        return step, output
+
+    def _apply(self, one: Pass, program: Program, edit: Editor) -> None:
+        try:
+            with torch.no_grad():
+                one.apply(program, edit)
+        except FxqError as error:
+            if edit.current is not None and error.where is None:
+                error.where = f"{one.name} at %{edit.current.name}"
+            raise
+        except Exception as error:
+            node = edit.current
+            place = one.name if node is None else f"{one.name} at %{node.name}"
+            context = "" if node is None else f"\n{neighbourhood(node)}"
+            ran = ", ".join(program.passes_run) or "no pass"
+            raise PassError(
+                f"{one.name} failed: {type(error).__name__}: {error}",
+                where=f"{place}, after {ran}{context}",
+                hint="this is a defect of the pass; fxq explain shows the graph it met",
+                passes_run=program.passes_run,
+            ) from error
+
+    def _probe(self, one: Pass | None, program: Program) -> Any:
+        if not self.check:
+            return None
+        return program.run(*program.probe) if one is None else one.probe(program)
+

@@ -1,0 +1,1 @@
+"""Modules that watch tensors or replace them by their quantized values."""

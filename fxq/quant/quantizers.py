@@ -1,0 +1,178 @@
+"""Quantizers of activations, and layers whose weights are integers: what quantize passes put in a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxq.errors import SpecError
+from fxq.numerics.affine import fake_quantize
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds its input to ``scale * (code - zero_point)``, with codes ``0 .. 2**bits - 1``.
+
+    Args:
+        scale: ``[]``, or ``[channels]`` for one scale per index of dimension 1; in the units of
+            the tensor.
+        zero_point: Code of zero, of the shape of the scale.
+        bits: Bits per code, 1 to 8.
+
+    Raises:
+        SpecError: Bits outside 1 to 8, a scale that is not positive, or a zero point out of range.
+
+    Example:
+        >>> quantizer = ActivationQuantizer(torch.tensor(0.5), torch.tensor(0), 2)
+        >>> quantizer(torch.tensor([-1.0, 0.6, 9.0])).tolist()
+        [0.0, 0.5, 1.5]
+    """
+
+    fxq_kind = "quantizer"
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(self, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> None:
+        super().__init__()
+        check_bits(bits)
+        if not bool((scale > 0).all()) or not bool(torch.isfinite(scale).all()):
+            raise SpecError("a scale must be positive and finite", where=f"scale {scale.tolist()}")
+        if not bool(((zero_point >= 0) & (zero_point < 2**bits)).all()):
+            raise SpecError(f"a {bits}-bit zero point must be in 0 .. {2**bits - 1}")
+        self.bits = bits
+        self.register_buffer("scale", scale.to(torch.float32))
+        self.register_buffer("zero_point", zero_point.to(torch.int64))
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether each index of dimension 1 has its own scale."""
+        return self.scale.dim() == 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The nearest representable values; ``x: [...]``, or ``[n, channels, ...]`` per channel."""
+        axis = 1 if self.per_channel else None
+        top = int(2**self.bits - 1)
+        return fake_quantize(x, self.scale, self.zero_point, 0, top, axis=axis)
+
+    def describe(self) -> str:
+        """Bits, scale and zero point, for listings."""
+        if self.per_channel:
+            low, high = float(self.scale.min()), float(self.scale.max())
+            return f"{self.bits}-bit per-channel scale {low:.4g}..{high:.4g}"
+        return f"{self.bits}-bit scale {float(self.scale):.4g} zero {int(self.zero_point)}"
+
+    def extra_repr(self) -> str:
+        """Shown in the module's repr."""
+        return self.describe()
+
+
+class QuantizedLayer(nn.Module):
+    """A convolution or linear whose weights are ``codes * scale``, run in float for simulation.
+
+    Args:
+        layer: The float layer; its weight is replaced by the dequantized one.
+        codes: ``[out, in/groups, ...]`` (transposed: ``[in, out/groups, ...]``) int8.
+        scale: ``[out]``; in the units of the weights.
+        bits: ``[out]``; bits per weight that the codes stand for, for size and reports.
+
+    Raises:
+        SpecError: The shapes do not fit the layer.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    bits: torch.Tensor
+
+    def __init__(
+        self, layer: nn.Module, codes: torch.Tensor, scale: torch.Tensor, bits: torch.Tensor
+    ) -> None:
+        super().__init__()
+        weight: Any = layer.weight
+        if codes.shape != weight.shape or codes.dtype != torch.int8:
+            raise SpecError(
+                f"codes must be int8 {list(weight.shape)}, not {codes.dtype} {list(codes.shape)}"
+            )
+        self.fxq_kind = "linear" if isinstance(layer, nn.Linear) else "conv"
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale.to(torch.float32))
+        self.register_buffer("bits", bits.to(torch.int64))
+        view = channel_view(layer, self.scale)
+        layer.weight = nn.Parameter((codes.float() * view).to(weight.dtype), requires_grad=False)
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the float layer computes with the dequantized weights."""
+        result: torch.Tensor = self.layer(x)
+        return result
+
+    @property
+    def operator(self) -> str:
+        """The operator's name in listings."""
+        return f"Quantized{type(self.layer).__name__}"
+
+    def describe(self) -> str:
+        """The bits of the weights, for listings."""
+        low, high = int(self.bits.min()), int(self.bits.max())
+        return f"{low}-bit weights" if low == high else f"{low}..{high}-bit weights"
+
+    def extra_repr(self) -> str:
+        """Shown in the module's repr."""
+        return self.describe()
+
+
+def check_bits(bits: int) -> None:
+    """The number of bits is one fxq has containers for.
+
+    Raises:
+        SpecError: It is not an integer from 1 to 8.
+    """
+    if not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise SpecError(f"bits must be 1 to 8, not {bits!r}")
+
+
+def output_channels(layer: nn.Module) -> int:
+    """How many output channels a convolution or linear has."""
+    found: Any = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return int(found)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer's weight has its input channels first."""
+    return bool(getattr(layer, "transposed", False))
+
+
+def rows(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """``[out, in/groups * k]``: a weight with one row per output channel, whatever its layout.
+
+    Args:
+        layer: The layer the weight belongs to.
+        weight: ``[out, in/groups, ...]``, or ``[in, out/groups, ...]`` where it is transposed.
+    """
+    if not is_transposed(layer):
+        return weight.reshape(weight.shape[0], -1)
+    groups = int(layer.groups)  # type: ignore[arg-type]
+    split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return split.transpose(1, 2).reshape(groups * weight.shape[1], -1)
+
+
+def from_rows(layer: nn.Module, flat: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The inverse of `rows`: a weight of the given shape from one row per output channel."""
+    if not is_transposed(layer):
+        return flat.reshape(shape)
+    groups = int(layer.groups)  # type: ignore[arg-type]
+    split = flat.reshape(groups, shape[1], shape[0] // groups, *shape[2:])
+    return split.transpose(1, 2).reshape(shape).contiguous()
+
+
+def channel_view(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
+    """``[out]`` values shaped to multiply the layer's weight."""
+    weight: Any = layer.weight
+    tail = [1] * (weight.dim() - 2)
+    if not is_transposed(layer):
+        return values.reshape(-1, 1, *tail)
+    groups = int(layer.groups)  # type: ignore[arg-type]
+    per_input = values.reshape(groups, 1, weight.shape[1])
+    return per_input.expand(groups, weight.shape[0] // groups, -1).reshape(
+        weight.shape[0], weight.shape[1], *tail
+    )

@@ -1,0 +1,208 @@
+"""`Journal`: the record of a compilation, one `Step` per pass; every view is a reader of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fxq.errors import ArtifactError, UnknownNameError
+from fxq.graph.rewrite import Miss
+from fxq.trail.delta import Delta, compare
+from fxq.trail.snapshot import Snapshot
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did.
+
+    Attributes:
+        name: The pass.
+        options: Its options, by name.
+        contract: What it promised, for example ``same-numbers``.
+        before: The graph before.
+        after: The graph after.
+        hits: Names of the nodes it rewrote.
+        misses: The matches it refused.
+        seconds: How long it took.
+        sqnr: Signal-to-noise ratio of the probe output against the step before, in dB; infinite
+            where it is bit-identical, None where it was not measured.
+        total_sqnr: The same against the captured model.
+        notes: What the pass wants told, one sentence each.
+    """
+
+    name: str
+    options: dict[str, Any]
+    contract: str
+    before: Snapshot
+    after: Snapshot
+    hits: tuple[str, ...] = ()
+    misses: tuple[Miss, ...] = ()
+    seconds: float = 0.0
+    sqnr: float | None = None
+    total_sqnr: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def delta(self) -> Delta:
+        """What changed."""
+        return compare(self.before, self.after)
+
+    @property
+    def census(self) -> dict[str, int]:
+        """By how much the count of each operator changed."""
+        return self.delta.census()
+
+    def summary(self) -> str:
+        """The step on one line."""
+        parts = [f"{self.name:<18} {self.delta.summary():<44}"]
+        parts.append(f"{format_db(self.sqnr):>9}" if self.sqnr is not None else " " * 9)
+        parts.append(f"{self.seconds:7.2f} s")
+        return " ".join(parts)
+
+
+@dataclass
+class Journal:
+    """The steps of a compilation, in order.
+
+    Example:
+        >>> Journal([]).text()
+        'no pass has run'
+    """
+
+    steps: list[Step] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def __getitem__(self, name: str | int) -> Step:
+        """The step at a position, or the last step of a pass of that name."""
+        if isinstance(name, int):
+            return self.steps[name]
+        for step in reversed(self.steps):
+            if step.name == name:
+                return step
+        raise UnknownNameError("step", name, [step.name for step in self.steps])
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self) -> str:
+        """One line per pass: what changed, what it cost, how long it took."""
+        lines = [f"{position} {step.summary()}" for position, step in enumerate(self.steps, 1)]
+        return "\n".join(lines) or "no pass has run"
+
+    def save(self, folder: Path) -> None:
+        """Write ``journal.json`` and numbered snapshots ``00-capture.txt``, … into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "journal.json").write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+        if self.steps:
+            _write_text(folder / "00-capture.txt", self.steps[0].before)
+        for position, step in enumerate(self.steps, 1):
+            _write_text(folder / f"{position:02d}-{step.name}.txt", step.after)
+
+    def to_json(self) -> dict[str, Any]:
+        """The journal as JSON-ready data; each snapshot is stored once."""
+        snapshots: list[Snapshot] = []
+        if self.steps:
+            snapshots = [self.steps[0].before, *(step.after for step in self.steps)]
+        return {
+            "format": FORMAT,
+            "snapshots": [graph.to_json() for graph in snapshots],
+            "steps": [_step_to_json(step) for step in self.steps],
+        }
+
+    @classmethod
+    def load(cls, folder: Path) -> Journal:
+        """The journal saved in a folder.
+
+        Raises:
+            ArtifactError: The file is missing, damaged or of a newer format.
+        """
+        path = folder / "journal.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return cls.from_json(data)
+        except FileNotFoundError as error:
+            raise ArtifactError(
+                "there is no journal here",
+                where=str(path),
+                hint="give the run folder that fxq compile printed",
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ArtifactError(
+                f"the journal cannot be read: {error}",
+                where=str(path),
+                hint="compile again; the file was changed or cut short",
+            ) from error
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Journal:
+        """The journal that `to_json` wrote."""
+        if data["format"] != FORMAT:
+            raise ValueError(f"journal format {data['format']!r}, this fxq reads {FORMAT}")
+        snapshots = [Snapshot.from_json(entry) for entry in data["snapshots"]]
+        steps = [
+            _step_from_json(entry, snapshots[position], snapshots[position + 1])
+            for position, entry in enumerate(data["steps"])
+        ]
+        return cls(steps)
+
+
+def format_db(value: float | None) -> str:
+    """A signal-to-noise ratio for people: ``31.4 dB``, or ``exact`` where nothing changed."""
+    if value is None:
+        return ""
+    return "exact" if math.isinf(value) and value > 0 else f"{value:.1f} dB"
+
+
+def _write_text(path: Path, graph: Snapshot) -> None:
+    path.write_text(graph.text() + "\n", encoding="utf-8")
+
+
+def _step_to_json(step: Step) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "options": step.options,
+        "contract": step.contract,
+        "hits": list(step.hits),
+        "misses": [{"node": miss.node, "why": miss.why} for miss in step.misses],
+        "seconds": round(step.seconds, 4),
+        "sqnr": _finite(step.sqnr),
+        "total_sqnr": _finite(step.total_sqnr),
+        "notes": list(step.notes),
+        "delta": step.delta.to_json(),
+    }
+
+
+def _step_from_json(entry: dict[str, Any], before: Snapshot, after: Snapshot) -> Step:
+    return Step(
+        name=str(entry["name"]),
+        options=dict(entry["options"]),
+        contract=str(entry["contract"]),
+        before=before,
+        after=after,
+        hits=tuple(entry["hits"]),
+        misses=tuple(Miss(miss["node"], miss["why"]) for miss in entry["misses"]),
+        seconds=float(entry["seconds"]),
+        sqnr=_number(entry["sqnr"]),
+        total_sqnr=_number(entry["total_sqnr"]),
+        notes=tuple(entry["notes"]),
+    )
+
+
+def _finite(value: float | None) -> float | str | None:
+    """JSON has no infinity."""
+    return "exact" if value is not None and math.isinf(value) else value
+
+
+def _number(value: float | str | None) -> float | None:
+    return math.inf if value == "exact" else (None if value is None else float(value))

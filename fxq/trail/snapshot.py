@@ -1,0 +1,210 @@
+"""`Snapshot`: a program's graph at one moment, as plain data that can be printed and compared."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxq.graph.ops import target_name
+from fxq.graph.program import Program, facts
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """One node of a snapshot.
+
+    Attributes:
+        name: The node's name, stable across passes.
+        op: What it calls: a module class, a function or a method; ``Input``, ``Output``.
+        inputs: Names of the nodes it reads, in order.
+        arguments: Its other arguments, as text.
+        value: Shape and dtype of its value, for example ``f32[1, 64, 56, 56]``.
+        facts: What passes noted about it, as short words.
+        digest: Digest of the parameters and buffers it holds; empty where it holds none.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[str, ...] = ()
+    arguments: str = ""
+    value: str = ""
+    facts: tuple[str, ...] = ()
+    digest: str = ""
+
+    def text(self, digests: bool = True) -> str:
+        """The node on one line: ``%c = Conv2d:f32[2,8,8,8](%x)  [bn]  #a36008``."""
+        operands = [f"%{name}" for name in self.inputs]
+        operands += [self.arguments] if self.arguments else []
+        line = f"%{self.name} = {self.op}"
+        line += f":{self.value}" if self.value else ""
+        line += f"({', '.join(operands)})"
+        line += f"  [{', '.join(self.facts)}]" if self.facts else ""
+        line += f"  #{self.digest}" if self.digest and digests else ""
+        return line
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The nodes of a graph, in order.
+
+    Example:
+        >>> from fxq.graph.capture import capture
+        >>> program = capture(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), torch.zeros(1, 4))
+        >>> print(snapshot(program).text(digests=False))
+        %input_1 = Input:f32[1,4]()
+        %_0 = Linear:f32[1,2](%input_1)
+        %_1 = ReLU:f32[1,2](%_0)
+        %output = Output(%_1)
+    """
+
+    nodes: tuple[NodeRecord, ...]
+
+    def text(self, digests: bool = True) -> str:
+        """The snapshot, one node per line."""
+        return "\n".join(node.text(digests) for node in self.nodes)
+
+    def census(self) -> dict[str, int]:
+        """How many nodes of each operator there are."""
+        counts: dict[str, int] = {}
+        for node in self.nodes:
+            counts[node.op] = counts.get(node.op, 0) + 1
+        return counts
+
+    def by_name(self) -> dict[str, NodeRecord]:
+        """The nodes by name."""
+        return {node.name: node for node in self.nodes}
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The snapshot as JSON-ready data."""
+        return [asdict(node) for node in self.nodes]
+
+    @classmethod
+    def from_json(cls, data: list[dict[str, Any]]) -> Snapshot:
+        """The snapshot that `to_json` wrote."""
+        records = [
+            NodeRecord(
+                **{**entry, "inputs": tuple(entry["inputs"]), "facts": tuple(entry["facts"])}
+            )
+            for entry in data
+        ]
+        return cls(tuple(records))
+
+
+def snapshot(program: Program) -> Snapshot:
+    """The program as it is now."""
+    return Snapshot(tuple(_record(program, node) for node in program.graph.nodes))
+
+
+_SHORT = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+}
+
+
+def _record(program: Program, node: fx.Node) -> NodeRecord:
+    known = facts(node)
+    value = ""
+    if known.shape is not None and known.dtype is not None:
+        dtype = _SHORT.get(known.dtype, str(known.dtype).removeprefix("torch."))
+        value = f"{dtype}[{','.join(str(size) for size in known.shape)}]"
+    module = program.submodule(node)
+    return NodeRecord(
+        name=node.name,
+        op=_operator(node, module),
+        inputs=tuple(other.name for other in node.all_input_nodes),
+        arguments=_arguments(node, module),
+        value=value,
+        facts=_words(node),
+        digest=module_digest(module) if module is not None else _constant_digest(program, node),
+    )
+
+
+def _operator(node: fx.Node, module: nn.Module | None) -> str:
+    if module is not None:
+        return type(module).__name__
+    if node.op in ("placeholder", "output", "get_attr"):
+        return {"placeholder": "Input", "output": "Output", "get_attr": "Constant"}[node.op]
+    return ("." if node.op == "call_method" else "") + target_name(node)
+
+
+def _arguments(node: fx.Node, module: nn.Module | None) -> str:
+    own = getattr(module, "describe", None)
+    if callable(own):
+        return str(own())
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    plain = [repr(value) for value in node.args if not _reads(value)]
+    plain += [f"{name}={value!r}" for name, value in node.kwargs.items() if not _reads(value)]
+    return ", ".join(plain)
+
+
+def _reads(value: Any) -> bool:
+    if isinstance(value, fx.Node):
+        return True
+    return isinstance(value, (list, tuple)) and any(_reads(item) for item in value)
+
+
+def _words(node: fx.Node) -> tuple[str, ...]:
+    known = facts(node)
+    words = []
+    if known.nonneg:
+        words.append("nonneg")
+    if known.upper is not None:
+        words.append(f"<={known.upper:g}")
+    for name in ("fused_relu", "fused_into", "observes", "skip"):
+        value = getattr(known, name)
+        if value is not None:
+            words.append(f"{name}={value}")
+    if known.note:
+        words.append(known.note)
+    return tuple(words)
+
+
+# ---- digests ---------------------------------------------------------------------------------
+
+_digests: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes]] = {}
+
+
+def tensor_digest(tensor: torch.Tensor) -> bytes:
+    """A digest of a tensor's bytes, remembered while the tensor lives and is not written to."""
+    known = _digests.get(id(tensor))
+    version = 0 if tensor.is_inference() else tensor._version
+    if known is not None and known[0]() is tensor and known[1] == version:
+        return known[2]
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest = hashlib.blake2b(flat.data, digest_size=8).digest()
+    _digests[id(tensor)] = (weakref.ref(tensor), version, digest)
+    return digest
+
+
+def module_digest(module: nn.Module) -> str:
+    """Six hex digits that change with any parameter or buffer of the module; empty without any."""
+    digest = hashlib.blake2b(digest_size=3)
+    empty = True
+    for tensors in (module.named_parameters(), module.named_buffers()):
+        for name, tensor in tensors:
+            digest.update(name.encode())
+            digest.update(tensor_digest(tensor))
+            empty = False
+    return "" if empty else digest.hexdigest()
+
+
+def _constant_digest(program: Program, node: fx.Node) -> str:
+    if node.op != "get_attr":
+        return ""
+    value: Any = program.module
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return tensor_digest(value).hex()[:6] if isinstance(value, torch.Tensor) else ""

@@ -1,0 +1,111 @@
+"""Networks, weights and image data that fxq brings along, by name.
+
+``CATALOG`` lists our own networks without importing torch; ``lookup`` also knows every
+classification and segmentation network of torchvision as ``torchvision/NAME``. Everything else
+here is imported when first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from fxq.errors import UnknownNameError
+from fxq.zoo_entry import Normalization, ZooEntry
+
+from .catalog import CATALOG
+
+if TYPE_CHECKING:
+    from .accuracy import Accuracy, evaluate_top1
+    from .cifar_resnet import (
+        resnet20,
+        resnet20_a,
+        resnet32,
+        resnet32_a,
+        resnet44,
+        resnet44_a,
+        resnet56,
+        resnet56_a,
+        resnet110,
+        resnet110_a,
+    )
+    from .datasets import ImageData, open_images
+    from .digits import builtin_data, digits_convnet
+    from .mlperf_tiny import resnet8
+    from .mobilenet import mobilenet_v1, mobilenet_v2
+    from .tiny import tiny_concat, tiny_conv, tiny_depthwise, tiny_mlp, tiny_residual
+    from .torchvision_models import torchvision_model, torchvision_names
+    from .weights import load_weights
+
+__all__ = [
+    "CATALOG",
+    "Accuracy",
+    "ImageData",
+    "Normalization",
+    "ZooEntry",
+    "builtin_data",
+    "digits_convnet",
+    "evaluate_top1",
+    "load_weights",
+    "lookup",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "open_images",
+    "resnet8",
+    "resnet20",
+    "resnet20_a",
+    "resnet32",
+    "resnet32_a",
+    "resnet44",
+    "resnet44_a",
+    "resnet56",
+    "resnet56_a",
+    "resnet110",
+    "resnet110_a",
+    "tiny_concat",
+    "tiny_conv",
+    "tiny_depthwise",
+    "tiny_mlp",
+    "tiny_residual",
+    "torchvision_model",
+    "torchvision_names",
+]
+
+_HOMES = {
+    "accuracy": ("Accuracy", "evaluate_top1"),
+    "cifar_resnet": tuple(f"resnet{d}{o}" for d in (20, 32, 44, 56, 110) for o in ("", "_a")),
+    "datasets": ("ImageData", "open_images"),
+    "digits": ("builtin_data", "digits_convnet"),
+    "mlperf_tiny": ("resnet8",),
+    "mobilenet": ("mobilenet_v1", "mobilenet_v2"),
+    "tiny": ("tiny_concat", "tiny_conv", "tiny_depthwise", "tiny_mlp", "tiny_residual"),
+    "torchvision_models": ("torchvision_model", "torchvision_names"),
+    "weights": ("load_weights",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def lookup(name: str) -> ZooEntry:
+    """The entry of this name, ours or ``torchvision/NAME``.
+
+    Raises:
+        UnknownNameError: If no network has this name; the hint gives the nearest one.
+
+    Example:
+        >>> lookup("cifar/resnet20").input_shape
+        (1, 3, 32, 32)
+    """
+    for entry in CATALOG:
+        if entry.name == name:
+            return entry
+    if name.startswith("torchvision/"):
+        from .torchvision_models import torchvision_entry
+
+        return torchvision_entry(name.removeprefix("torchvision/"))
+    raise UnknownNameError("network", name, [entry.name for entry in CATALOG])
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)

@@ -1,0 +1,92 @@
+"""Top-1 accuracy of a network on labelled images."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fxq.errors import DataError
+
+from .datasets import ImageData
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How many images a network got right.
+
+    Example:
+        >>> str(Accuracy(correct=3, total=4))
+        '75.00 % (3 of 4)'
+    """
+
+    correct: int
+    total: int
+
+    @property
+    def top1(self) -> float:
+        """The share of right answers, in 0..1."""
+        return self.correct / self.total
+
+    def __str__(self) -> str:
+        """Per cent and counts."""
+        return f"{100 * self.top1:.2f} % ({self.correct} of {self.total})"
+
+
+def evaluate_top1(
+    module: nn.Module,
+    data: ImageData,
+    batch_size: int = 128,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    limit: int | None = None,
+) -> Accuracy:
+    """The network's top-1 accuracy in eval mode; its training flags are as before afterwards.
+
+    Args:
+        module: ``[N, C, H, W]`` to logits ``[N, classes]``; images are moved to its device.
+        data: Normalised as the network expects it.
+        batch_size: Images per forward pass.
+        progress: Called after each batch with the images done and the images in all.
+        limit: Only the first so many images.
+
+    Raises:
+        DataError: If the output is no logit matrix, or a label lies beyond its classes.
+    """
+    total = len(data) if limit is None else min(limit, len(data))
+    correct = done = 0
+    device = _device(module)
+    training = {child for child in module.modules() if child.training}
+    module.eval()
+    try:
+        with torch.no_grad():
+            for images, labels in data.batches(batch_size, limit=limit):
+                correct += _count_correct(module(images.to(device)), labels, data)
+                done += len(labels)
+                if progress is not None:
+                    progress(done, total)
+    finally:
+        for child in training:
+            child.training = True
+    return Accuracy(correct, total)
+
+
+def _device(module: nn.Module) -> torch.device:
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _count_correct(logits: Tensor, labels: Tensor, data: ImageData) -> int:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(f"the network gives {shape}, not one row of logits per image")
+    if int(labels.max()) >= logits.shape[1]:
+        raise DataError(
+            f"a label is {int(labels.max())}, but the network has {logits.shape[1]} classes",
+            where=data.name,
+        )
+    return int((logits.argmax(1).to(labels.device) == labels).sum())

@@ -1,0 +1,130 @@
+"""calibrate: the observers have seen the calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from fxq.contracts import Contract
+from fxq.errors import CalibrationError
+from fxq.graph.program import Program
+from fxq.graph.rewrite import Editor
+from fxq.pipeline import Pass
+from fxq.quant.observers import Observer
+
+_NO_DATA = "give fxq.compile a calibration loader, or fxq compile --calibration"
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Every observer holds the statistics of the calibration batches, merged over all ranks.
+
+    Batches are streamed and never stored, so memory does not depend on their number. A batch is a
+    tensor, a tuple of arguments, or ``(inputs, labels)``; what the model does not take is left out.
+
+    Args:
+        batches: How many batches to read at most; 0 reads all.
+
+    Raises:
+        CalibrationError: There is no data, or a batch is empty, not finite or of the wrong shape.
+    """
+
+    name: ClassVar[str] = "calibrate"
+    after: ClassVar[tuple[str, ...]] = ("insert-observers",)
+    contract: ClassVar[Contract] = Contract.OBSERVES_ONLY
+
+    batches: int = 0
+
+    def apply(self, program: Program, edit: Editor) -> None:
+        """The calibration batches are run through the graph once."""
+        if program.calibration is None:
+            raise CalibrationError("there is no calibration data", hint=_NO_DATA)
+        observers = [m for m in program.module.modules() if isinstance(m, Observer)]
+        count = images = 0
+        _enable(observers, True)
+        try:
+            for inputs in self._limited(batches_of(program, program.calibration)):
+                _run(program, inputs, count)
+                count += 1
+                images += _batch_size(inputs)
+                program.report_progress("calibrate", count, _length(program.calibration))
+        finally:
+            _enable(observers, False)
+        if count == 0:
+            raise CalibrationError("0 batches were calibrated", hint=_NO_DATA)
+        for observer in observers:
+            observer.all_reduce_()
+        edit.note(f"{count} batches, {images} images, {len(observers)} observers")
+
+    def _limited(self, batches: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+        for position, inputs in enumerate(batches):
+            if self.batches and position >= self.batches:
+                return
+            yield inputs
+
+
+def batches_of(program: Program, source: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """The arguments of the model for each batch; labels and other extras are left out."""
+    wanted = sum(node.op == "placeholder" for node in program.nodes())
+    for batch in source:
+        if isinstance(batch, torch.Tensor):
+            yield (batch,)
+        elif isinstance(batch, (tuple, list)) and len(batch) >= wanted:
+            yield tuple(batch[:wanted])
+        else:
+            raise CalibrationError(
+                f"a calibration batch is a {type(batch).__name__}; the model takes {wanted} inputs",
+                hint="yield a tensor, a tuple of arguments, or (inputs, labels)",
+            )
+
+
+def _run(program: Program, inputs: tuple[Any, ...], position: int) -> None:
+    for value in inputs:
+        if isinstance(value, torch.Tensor):
+            _check_finite(value, position)
+    try:
+        program.run(*inputs)
+    except CalibrationError as error:
+        error.where = error.where or f"calibration batch {position}"
+        raise
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        shapes = [list(v.shape) for v in inputs if isinstance(v, torch.Tensor)]
+        expected = [list(v.shape) for v in program.example_inputs if isinstance(v, torch.Tensor)]
+        raise CalibrationError(
+            f"the model fails on a calibration batch: {str(error).splitlines()[0]}",
+            where=f"calibration batch {position}, shapes {shapes}",
+            hint=f"batches must look like the example input {expected}, batch size apart",
+        ) from error
+
+
+def _check_finite(value: torch.Tensor, position: int) -> None:
+    if value.numel() == 0:
+        raise CalibrationError(
+            "a calibration batch is empty", where=f"batch {position}, shape {list(value.shape)}"
+        )
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise CalibrationError(
+            "a calibration batch holds NaN or infinity",
+            where=f"batch {position}",
+            hint="check the images and their normalization",
+        )
+
+
+def _enable(observers: list[Observer], on: bool) -> None:
+    for observer in observers:
+        observer.enabled = on
+
+
+def _batch_size(inputs: tuple[Any, ...]) -> int:
+    first = inputs[0] if inputs else None
+    return int(first.shape[0]) if isinstance(first, torch.Tensor) and first.dim() else 1
+
+
+def _length(source: Iterable[Any]) -> int | None:
+    try:
+        return len(source)  # type: ignore[arg-type]
+    except TypeError:
+        return None

@@ -1,0 +1,25 @@
+"""Every example in a numerics docstring runs and gives the printed answer."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = (
+    "affine",
+    "clipping",
+    "aciq",
+    "allocation",
+    "bias_correction",
+    "metrics",
+    "histogram",
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"fxq.numerics.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0
