@@ -37,7 +37,13 @@ class FxqError(Exception):
 
 
 class CaptureError(FxqError):
-    """The model cannot be turned into a graph."""
+    """The model cannot be turned into a graph.
+
+    Attributes:
+        node: Name of the node in the way, where there is a graph already.
+    """
+
+    node: str | None = None
 
 
 class RecipeError(FxqError):

@@ -14,7 +14,6 @@ from torch import fx
 
 from fxq.contracts import Contract, check_contract, output_sqnr
 from fxq.errors import FxqError, PassError, RequirementError
-from fxq.graph.capture import propagate_shapes
 from fxq.graph.program import Program, recompile
 from fxq.graph.rewrite import Editor, Miss, neighbourhood
 from fxq.graph.verify import verify

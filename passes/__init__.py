@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .calibrate import Calibrate
+from .correct_bias import CorrectBias
 from .fold_batch_norm import FoldBatchNorm
 from .insert_observers import InsertObservers
 from .mark_relu import MarkRelu
@@ -16,11 +17,13 @@ CATALOG = (
     Calibrate,
     QuantizeMinmax,
     QuantizeAciq,
+    CorrectBias,
 )
 
 __all__ = [
     "CATALOG",
     "Calibrate",
+    "CorrectBias",
     "FoldBatchNorm",
     "InsertObservers",
     "MarkRelu",

@@ -15,6 +15,9 @@ from fxq.graph.rewrite import Editor
 from fxq.pipeline import Pass
 from fxq.quant.observers import Observer
 
+SAMPLE_ELEMENTS = 2**22
+"""How many input elements are kept for passes that compare float and integers (27 photographs)."""
+
 _NO_DATA = "give fxq.compile a calibration loader, or fxq compile --calibration"
 
 
@@ -22,8 +25,8 @@ _NO_DATA = "give fxq.compile a calibration loader, or fxq compile --calibration"
 class Calibrate(Pass):
     """Every observer holds the statistics of the calibration batches, merged over all ranks.
 
-    Batches are streamed and never stored, so memory does not depend on their number. A batch is a
-    tensor, a tuple of arguments, or ``(inputs, labels)``; what the model does not take is left out.
+    Batches are streamed, so memory does not depend on their number; only the first few images stay
+    with the program, for passes that compare float and integers. A batch is a tensor, a tuple of arguments, or ``(inputs, labels)``; what the model does not take is left out.
 
     Args:
         batches: How many batches to read at most; 0 reads all.
@@ -48,6 +51,7 @@ class Calibrate(Pass):
         try:
             for inputs in self._limited(batches_of(program, program.calibration)):
                 _run(program, inputs, count)
+                _keep(program, inputs)
                 count += 1
                 images += _batch_size(inputs)
                 program.report_progress("calibrate", count, _length(program.calibration))
@@ -98,6 +102,22 @@ def _run(program: Program, inputs: tuple[Any, ...], position: int) -> None:
             where=f"calibration batch {position}, shapes {shapes}",
             hint=f"batches must look like the example input {expected}, batch size apart",
         ) from error
+
+
+def _keep(program: Program, inputs: tuple[Any, ...]) -> None:
+    """The first inputs stay with the program, up to a fixed number of elements."""
+    held = sum(_elements(batch) for batch in program.sample)
+    room = (SAMPLE_ELEMENTS - held) * _batch_size(inputs) // max(1, _elements(inputs))
+    if room > 0 or not program.sample:
+        program.sample.append(tuple(_first(value, max(room, 1)) for value in inputs))
+
+
+def _elements(inputs: tuple[Any, ...]) -> int:
+    return sum(value.numel() for value in inputs if isinstance(value, torch.Tensor))
+
+
+def _first(value: Any, count: int) -> Any:
+    return value[:count] if isinstance(value, torch.Tensor) and value.dim() else value
 
 
 def _check_finite(value: torch.Tensor, position: int) -> None:

@@ -8,6 +8,7 @@ only residual adds and pools read are sums on their way to the next quantizer, a
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -16,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxq.errors import CalibrationError
-from fxq.graph.ops import ANCHORS, Kind
+from fxq.graph.ops import ANCHORS, PASS_THROUGH, Kind
 from fxq.graph.program import Program, facts
 from fxq.graph.regions import Regions
 from fxq.graph.rewrite import Editor
@@ -38,6 +39,9 @@ class Place:
         relu: Whether a fused ReLU follows the watched value.
         upper: The bound of that ReLU, where it has one.
         edge: Whether it is the input of the first layer or of the last.
+        addend: Whether no layer multiplies it: only adds and pools read it.
+        floor: A bound below which values make no difference: a sum that ends in a ReLU is zero
+            wherever one addend is below minus the largest value of the other.
     """
 
     observer: fx.Node
@@ -46,6 +50,8 @@ class Place:
     relu: bool
     upper: float | None
     edge: bool
+    addend: bool
+    floor: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,8 @@ class Quantization(Pass):
                 relu=relu is not None or facts(carrier).nonneg,
                 upper=upper,
                 edge=bool(readers) and all(reader in edges for reader in readers),
+                addend=not readers,
+                floor=self._floor(program, regions, node),
             )
             groups.setdefault(str(node.target), []).append(place)
         return [self._agree(group) for group in groups.values()]
@@ -149,6 +157,20 @@ class Quantization(Pass):
                 found += self._layers_reading(regions, user)
         return found
 
+    def _floor(self, program: Program, regions: Regions, node: fx.Node) -> float:
+        """Minus the largest value that is ever added to this one before a ReLU."""
+        users = list(node.users)
+        if len(users) != 1 or regions.kind(users[0]) is not Kind.ADD:
+            return -math.inf
+        if facts(users[0]).fused_relu is None:
+            return -math.inf
+        others = [other for other in regions.ops[users[0]].inputs if other is not node]
+        watched = _observer_behind(regions, others[0]) if others else None
+        observer = program.submodule(watched) if watched is not None else None
+        if not isinstance(observer, Observer) or observer.is_empty:
+            return -math.inf
+        return -float(observer.range()[1].max())
+
     def _bits_for(self, program: Program, readers: list[fx.Node], edges: set[fx.Node]) -> int:
         wanted = [self.for_layer(program, node, edges).activation_bits for node in readers]
         return min(wanted, default=max(self.addend_bits, self.activation_bits))
@@ -159,7 +181,8 @@ class Quantization(Pass):
         relu = all(place.relu for place in group)
         uppers = [place.upper for place in group]
         upper = None if None in uppers else max(u for u in uppers if u is not None)
-        return [replace(place, bits=bits, relu=relu, upper=upper) for place in group]
+        floor = min(place.floor for place in group)
+        return [replace(place, bits=bits, relu=relu, upper=upper, floor=floor) for place in group]
 
     def _quantize_values(
         self, program: Program, edit: Editor, places: list[list[Place]]
@@ -182,6 +205,7 @@ class Quantization(Pass):
         low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (low, high))
         if place.relu:
             low = torch.zeros_like(high)
+        low = torch.minimum(low.clamp(min=place.floor), high)
         if place.upper is not None:
             high = high.clamp(max=place.upper)
         if self.symmetric_activations() and not place.relu:
@@ -236,6 +260,13 @@ class Quantization(Pass):
         codes = from_rows(layer, found.codes.to(torch.int8), layer.weight.shape)
         edit.replace_module(node, QuantizedLayer(layer, codes, found.scale, found.bits))
         edit.write_facts(node, note=f"w{_span(found.bits)}")
+
+
+def _observer_behind(regions: Regions, node: fx.Node) -> fx.Node | None:
+    """The observer whose value a node passes on, if any."""
+    while regions.kind(node) in PASS_THROUGH:
+        node = regions.ops[node].inputs[0]
+    return node if regions.kind(node) is Kind.OBSERVER else None
 
 
 def is_depthwise(layer: nn.Module) -> bool:

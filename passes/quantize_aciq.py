@@ -78,14 +78,14 @@ class QuantizeAciq(Quantization):
     activation_bits: int = 4
     prior: Prior = Prior.LAPLACE
     mean_aware: bool = True
-    weight_range: WeightRange = WeightRange.MSE
+    weight_range: WeightRange = WeightRange.ABSMAX
     bias_correction: BiasCorrection = BiasCorrection.MEAN
     allocation: Allocation = Allocation.NONE
 
     def activation_range(self, observer: Observer, place: Place) -> tuple[Any, Any]:
         """ACIQ's range; the whole range where 8 bits begin or end the network."""
         low, high = (end.double() for end in observer.range())
-        if place.edge and place.bits == 8:
+        if (place.edge or place.addend) and place.bits == 8:
             return low, high
         if not isinstance(observer, HistogramObserver):
             raise SpecError(

@@ -9,29 +9,52 @@ example once.
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxq.errors import CaptureError
+from fxq.errors import CaptureError, nearest_hint
 from fxq.graph.canonical import canonicalize
+from fxq.graph.in_place import IN_PLACE_OPERATORS
 from fxq.graph.ops import is_frozen_batch_norm
-from fxq.graph.program import Facts, Program, write_facts
-from fxq.graph.trace_error import explain_trace_failure
+from fxq.graph.program import Program, write_facts
+from fxq.graph.shapes import propagate_shapes
+from fxq.graph.trace_error import class_place, explain_trace_failure, traced_line
 
 ExampleInputs = torch.Tensor | Sequence[Any]
+
+
+class _Proxy(fx.Proxy):
+    """A traced value that records ``y += x`` as the write it is; fx would record ``y = y + x``."""
+
+
+def _recorder(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    name = IN_PLACE_OPERATORS[function].__name__
+    return lambda self, value: self.tracer.create_proxy(
+        "call_function", function, (self, value), {}, name
+    )
+
+
+for _function in IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__{_function.__name__}__", _recorder(_function))
 
 
 class _Tracer(fx.Tracer):
     """Traces into everything except torch.nn modules, frozen batch norms and the user's leaves."""
 
-    def __init__(self, leaves: tuple[type[nn.Module] | str, ...]) -> None:
+    def __init__(self, leaves: tuple[type[nn.Module] | str, ...], fixed: Mapping[str, Any]) -> None:
         super().__init__()
+        self._fixed = fixed
         self._leaf_types = tuple(leaf for leaf in leaves if isinstance(leaf, type))
         self._leaf_names = frozenset(leaf for leaf in leaves if isinstance(leaf, str))
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The value a node stands for while tracing."""
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node of the graph."""
@@ -42,6 +65,17 @@ class _Tracer(fx.Tracer):
         if type(m).__module__.startswith("fxq.quant"):
             return True
         return super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """The arguments ``forward`` is traced with: proxies, and the fixed values as they are."""
+        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for position, proxy in enumerate(arguments):
+            if isinstance(proxy, fx.Proxy) and proxy.node.target in self._fixed:
+                arguments[position] = self._fixed[str(proxy.node.target)]
+                self.graph.erase_node(proxy.node)
+        return function, arguments
 
 
 def capture(
@@ -74,12 +108,18 @@ def capture(
             hint="pass the module itself, not its state dict or its class",
         )
     inputs = as_inputs(example_inputs)
-    traced = _trace(_copied(model), tuple(leaf_modules), concrete_args)
+    fixed = _fixed_arguments(model, inputs, dict(concrete_args or {}))
+    copied = _copied(model)
+    tracer = _Tracer(tuple(leaf_modules), fixed)
+    traced = _trace(copied, tracer)
     _name_paths(traced)
     program = Program(traced, inputs)
-    propagate_shapes(program)
-    canonicalize(program)
-    propagate_shapes(program)
+    try:
+        canonicalize(program)
+        propagate_shapes(program)
+    except CaptureError as error:
+        _add_line(error, copied, tracer)
+        raise
     return program
 
 
@@ -102,43 +142,76 @@ def _copied(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise CaptureError(
             f"the model cannot be copied: {error}",
-            where=type(model).__name__,
+            where=f"{_uncopyable(model)}; {class_place(type(model))}",
             hint="keep open files, locks and non-leaf tensors out of the module's attributes",
         ) from error
 
 
-def _trace(
-    model: nn.Module,
-    leaves: tuple[type[nn.Module] | str, ...],
-    concrete_args: Mapping[str, Any] | None,
-) -> fx.GraphModule:
-    tracer = _Tracer(leaves)
+def _uncopyable(model: nn.Module) -> str:
+    """The attribute that cannot be copied."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            try:
+                copy.deepcopy(value) if name != "_modules" else None
+            except Exception:
+                return f"attribute {'.'.join(filter(None, (path, name)))}"
+    return type(model).__name__
+
+
+def _fixed_arguments(
+    model: nn.Module, inputs: tuple[Any, ...], concrete_args: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of ``forward`` that are constants: the user's, and defaults no example replaces."""
+    parameters = inspect.signature(model.forward).parameters
+    kinds = inspect.Parameter
+    variable = (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    named = {name: one for name, one in parameters.items() if one.kind not in variable}
+    for name in concrete_args:
+        if name not in named:
+            raise CaptureError(
+                f"forward of {type(model).__name__} has no argument {name!r} to fix",
+                hint=nearest_hint(name, sorted(named)),
+            )
+    free = [name for name in named if name not in concrete_args]
+    places = [name for name in free if named[name].kind is not kinds.KEYWORD_ONLY]
+    left = [name for name in free if name not in places[: len(inputs)]]
+    defaults = {
+        name: named[name].default for name in left if named[name].default is not kinds.empty
+    }
+    missing = [name for name in left if name not in defaults]
+    if missing or (len(inputs) > len(places) and len(named) == len(parameters)):
+        raise _wrong_count(model, places, missing, len(inputs))
+    return {**defaults, **concrete_args}
+
+
+def _wrong_count(
+    model: nn.Module, places: list[str], missing: list[str], count: int
+) -> CaptureError:
+    has = f"leaves out {', '.join(missing)}" if missing else f"has {count} entries"
+    return CaptureError(
+        f"forward takes ({', '.join(places)}), the example {has}",
+        where=class_place(type(model)),
+        hint="give a tuple with one entry per argument, or fix some with concrete_args",
+    )
+
+
+def _trace(model: nn.Module, tracer: _Tracer) -> fx.GraphModule:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a forward warns about while traced is not news
-            graph = tracer.trace(model, dict(concrete_args) if concrete_args else None)
+            graph = tracer.trace(model)
     except Exception as error:
         raise explain_trace_failure(error, model) from error
-    traced = fx.GraphModule(tracer.root, graph, type(model).__name__)
-    _drop_concrete_placeholders(traced, concrete_args)
-    return traced
+    return fx.GraphModule(tracer.root, graph, type(model).__name__)
 
 
-def _drop_concrete_placeholders(
-    traced: fx.GraphModule, concrete_args: Mapping[str, Any] | None
-) -> None:
-    """Remove the inputs that were fixed: they are constants now."""
-    for node in list(traced.graph.nodes):
-        if node.op != "placeholder":
-            continue
-        if concrete_args and any(node.name.startswith(name) for name in concrete_args):
-            for user in list(node.users):
-                if not user.users:
-                    traced.graph.erase_node(user)
-        is_optional = bool(node.args)  # a default value, never supplied by the example
-        if not node.users and (is_optional or concrete_args):
-            traced.graph.erase_node(node)
-    traced.recompile()
+def _add_line(error: CaptureError, model: nn.Module, tracer: _Tracer) -> None:
+    """The error says which line of the user's code made its node; tracing again finds it."""
+    tracer.record_stack_traces = True
+    for node in _trace(model, tracer).graph.nodes:
+        line = traced_line(node.stack_trace) if node.name == error.node else None
+        if line is not None:
+            error.where = f"{line} ({error.where})"
 
 
 def _name_paths(traced: fx.GraphModule) -> None:
@@ -147,66 +220,3 @@ def _name_paths(traced: fx.GraphModule) -> None:
         innermost = next(reversed(stack.values()), ("",)) if stack else ("",)
         path = innermost[0] if isinstance(innermost, tuple) else str(innermost)
         write_facts(node, path=str(node.target) if node.op == "call_module" else path)
-
-
-class _ShapeRun(fx.Interpreter):
-    """Runs the graph once and writes each value's shape and dtype into its facts."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, torch.Tensor):
-            write_facts(n, shape=tuple(value.shape), dtype=value.dtype)
-        else:
-            write_facts(n, shape=None, dtype=None)
-        return value
-
-
-def propagate_shapes(program: Program) -> None:
-    """Every node's facts carry the shape and dtype of its value on the example input.
-
-    Raises:
-        CaptureError: The model fails on the example; the error names the node that failed.
-    """
-    run = _ShapeRun(program.module)
-    run.extra_traceback = False
-    current: list[fx.Node] = []
-    original = run.run_node
-
-    def remember(node: fx.Node) -> Any:
-        current[:] = [node]
-        return original(node)
-
-    run.run_node = remember  # type: ignore[method-assign]
-    try:
-        with torch.no_grad():
-            run.run(*program.example_inputs)
-    except Exception as error:
-        node = current[0] if current else None
-        raise CaptureError(
-            f"the model fails on the example input: {_first_line(error)}",
-            where=_node_place(node),
-            hint=f"the example has shapes {_shapes(program.example_inputs)}; give one batch of "
-            "the shape and dtype the model expects",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _node_place(node: fx.Node | None) -> str | None:
-    if node is None:
-        return None
-    path = node.meta.get("fxq", Facts()).path
-    return f"%{node.name}" + (f" in {path}" if path and path != node.name else "")
-
-
-def _shapes(inputs: tuple[Any, ...]) -> str:
-    shown = [
-        f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-        if isinstance(value, torch.Tensor)
-        else type(value).__name__
-        for value in inputs
-    ]
-    return ", ".join(shown) or "none"

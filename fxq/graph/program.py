@@ -13,7 +13,7 @@ from torch import fx, nn
 FACTS_KEY = "fxq"
 
 Progress = Callable[[str, int, int | None], None]
-"""Called as ``progress(label, done, total)`` while something long runs; ``total`` may be unknown."""
+"""Called as ``progress(label, done, total)`` while something long runs; total may be unknown."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class Program:
         example_inputs: One batch of inputs, used for shapes.
         probe: The batch on which contracts are checked and errors measured.
         calibration: Batches the `calibrate` pass reads, or None.
+        sample: A few calibration batches, kept by `calibrate` for passes that compare float and
+            integers.
         overrides: Per-layer options, in the order they apply (a later one wins).
         passes_run: Names of the passes that have run.
         recipe: Name of the recipe, for messages.
@@ -93,6 +95,7 @@ class Program:
     example_inputs: tuple[Any, ...]
     probe: tuple[Any, ...] = ()
     calibration: Iterable[Any] | None = None
+    sample: list[tuple[Any, ...]] = field(default_factory=list)
     overrides: tuple[LayerOverride, ...] = ()
     passes_run: list[str] = field(default_factory=list)
     recipe: str = ""
@@ -152,10 +155,8 @@ class Program:
 
 
 def layer_path(node: fx.Node) -> str:
-    """The path users know the node by: its module target, else the module it was called in."""
-    if node.op == "call_module":
-        return str(node.target)
-    return facts(node).path or node.name
+    """The path users know a node by: of the module it calls, else of the one it was called in."""
+    return facts(node).path or (str(node.target) if node.op == "call_module" else node.name)
 
 
 def recompile(program: Program) -> None:

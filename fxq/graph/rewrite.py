@@ -1,4 +1,4 @@
-"""`Editor`: the one way passes change a program; it stamps who made what and collects hits and misses."""
+"""`Editor`: the one way passes change a program; it stamps who made what and keeps the misses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fxq.graph.program import Facts, Program, facts, write_facts
 
+
 @dataclass(frozen=True)
 class Miss:
     """A match a pass refused: the node, and why."""
@@ -19,7 +20,6 @@ class Miss:
 
     def __str__(self) -> str:
         return f"%{self.node}: {self.why}"
-
 
 
 @dataclass

@@ -30,6 +30,7 @@ class Observer(nn.Module):
         values: [] int64; how many values were gathered.
     """
 
+    fxq_kind = "observer"
     batches: Tensor
     values: Tensor
 

@@ -70,11 +70,16 @@ class ActivationQuantizer(nn.Module):
 class QuantizedLayer(nn.Module):
     """A convolution or linear whose weights are ``codes * scale``, run in float for simulation.
 
+    The float weights are kept beside the codes until lowering, for passes that compare the two.
+
     Args:
-        layer: The float layer; its weight is replaced by the dequantized one.
+        layer: The float layer.
         codes: ``[out, in/groups, ...]`` (transposed: ``[in, out/groups, ...]``) int8.
         scale: ``[out]``; in the units of the weights.
         bits: ``[out]``; bits per weight that the codes stand for, for size and reports.
+
+    Attributes:
+        bias_shift: ``[out]``; what passes added to the float layer's bias.
 
     Raises:
         SpecError: The shapes do not fit the layer.
@@ -83,6 +88,7 @@ class QuantizedLayer(nn.Module):
     codes: torch.Tensor
     scale: torch.Tensor
     bits: torch.Tensor
+    bias_shift: torch.Tensor
 
     def __init__(
         self, layer: nn.Module, codes: torch.Tensor, scale: torch.Tensor, bits: torch.Tensor
@@ -97,14 +103,28 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale.to(torch.float32))
         self.register_buffer("bits", bits.to(torch.int64))
-        view = channel_view(layer, self.scale)
-        layer.weight = nn.Parameter((codes.float() * view).to(weight.dtype), requires_grad=False)
+        self.register_buffer("bias_shift", torch.zeros_like(self.scale))
         self.layer = layer
 
+    @property
+    def bias(self) -> torch.Tensor:
+        """``[out]`` float32: the layer's bias with what passes added to it."""
+        own: Any = self.layer.bias
+        return self.bias_shift if own is None else own.detach() + self.bias_shift
+
+    def weight(self) -> torch.Tensor:
+        """The dequantized weights, of the shape of the layer's."""
+        return self.codes.float() * channel_view(self.layer, self.scale)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the float layer computes with the dequantized weights."""
-        result: torch.Tensor = self.layer(x)
-        return result
+        """What the layer computes with the dequantized weights and the shifted bias."""
+        tensors = {"weight": self.weight().to(x.dtype), "bias": self.bias.to(x.dtype)}
+        result: torch.Tensor
+        if self.layer.bias is not None:
+            result = torch.func.functional_call(self.layer, tensors, (x,))
+            return result
+        result = torch.func.functional_call(self.layer, {"weight": tensors["weight"]}, (x,))
+        return result + along_channels(self, tensors["bias"], result)
 
     @property
     def operator(self) -> str:
@@ -119,6 +139,15 @@ class QuantizedLayer(nn.Module):
     def extra_repr(self) -> str:
         """Shown in the module's repr."""
         return self.describe()
+
+
+def along_channels(
+    layer: QuantizedLayer, values: torch.Tensor, output: torch.Tensor
+) -> torch.Tensor:
+    """``[out]`` values shaped to be added to the output of a layer."""
+    if layer.fxq_kind == "linear":
+        return values
+    return values.reshape(-1, *[1] * (output.dim() - 2))
 
 
 def check_bits(bits: int) -> None:

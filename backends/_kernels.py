@@ -1,0 +1,188 @@
+"""Everything that touches ``torch.ops.quantized`` or a quantized dtype.
+
+Torch has announced that quantized tensors will go; when they do, this file changes and nothing else.
+Codes travel between kernels as ``quint8`` tensors, which are bytes with a scale and a zero point
+attached; `wrap` and `unwrap` change the label without copying the bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fxq.integer.layers import float_bias
+
+ENGINES = ("x86", "fbgemm", "onednn")
+"""``x86`` takes the faster exact kernel of the other two for each layer on this CPU."""
+
+_CONV = {1: "conv1d", 2: "conv2d", 3: "conv3d"}
+
+
+@functools.cache
+def is_exact(engine: str) -> bool:
+    """Whether an engine's dense kernels multiply the largest bytes without 16-bit saturation here.
+
+    Found by running one product of the largest operands, because what a kernel does depends on the
+    CPU and on environment variables that restrict its instructions.
+    """
+    weight = torch.full((1, 64), 127, dtype=torch.int8)
+    one = torch.ones(1)
+    kernel = Linear(weight, one, torch.zeros(1, dtype=torch.int32), one, False, engine)
+    codes = wrap(torch.full((1, 64), 255, dtype=torch.uint8), 1.0, 0)
+    total = 64 * 127 * 255
+    return int(unwrap(kernel(codes, total / 200.0, 0))) == 200
+
+
+def supported_engines() -> tuple[str, ...]:
+    """The engines this build of torch has."""
+    built = torch.backends.quantized.supported_engines
+    return tuple(name for name in ENGINES if name in built)
+
+
+@contextlib.contextmanager
+def packing_for(engine: str) -> Iterator[None]:
+    """Weights packed inside belong to this engine; the global setting is restored."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def wrap(codes: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+    """The same bytes, labelled with a scale and zero point; nothing is copied."""
+    labelled: torch.Tensor = torch._empty_affine_quantized(
+        [0], scale=scale, zero_point=zero_point, dtype=torch.quint8
+    )
+    return labelled.set_(
+        codes.untyped_storage(), codes.storage_offset(), codes.shape, codes.stride()
+    )
+
+
+def unwrap(labelled: torch.Tensor) -> torch.Tensor:
+    """The bytes of a labelled tensor; nothing is copied."""
+    return torch.empty(0, dtype=torch.uint8).set_(
+        labelled.untyped_storage(),
+        labelled.storage_offset(),
+        labelled.shape,
+        labelled.stride(),
+    )
+
+
+def quantize(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+    """Labelled codes of a float tensor; images come out channels-last."""
+    codes = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
+    if x.dim() == 4:
+        bytes_ = unwrap(codes).contiguous(memory_format=torch.channels_last)
+        return wrap(bytes_, scale, zero_point)
+    return codes
+
+
+class Conv:
+    """A packed integer convolution.
+
+    Args:
+        weight: ``[out, in/groups, ...]`` int8.
+        scale: ``[out]`` float32.
+        bias: ``[out]`` int32, in accumulator units.
+        unit: ``[out]`` float32; value of an accumulator unit.
+        geometry: Stride, padding, dilation and groups.
+        relu: Whether codes below the zero point are raised to it.
+        engine: ``fbgemm`` or ``onednn``.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor,
+        unit: torch.Tensor,
+        geometry: dict[str, Any],
+        relu: bool,
+        engine: str,
+    ) -> None:
+        name = _CONV[weight.dim() - 2]
+        pack = getattr(torch.ops.quantized, f"{name}_prepack")
+        with packing_for(engine):
+            self.packed = pack(
+                _labelled_weight(weight, scale),
+                _exact_bias(bias, unit),
+                list(geometry["stride"]),
+                list(geometry["padding"]),
+                list(geometry["dilation"]),
+                geometry["groups"],
+            )
+        self.engine = engine
+        self.run = getattr(torch.ops.quantized, f"{name}_relu" if relu else name)
+
+    def __call__(self, codes: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+        """Labelled output codes."""
+        result: torch.Tensor = self.run(codes, self.packed, scale, zero_point)
+        return result
+
+
+class Linear:
+    """A packed integer linear; the arguments are those of `Conv`, ``weight: [out, in]``."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor,
+        unit: torch.Tensor,
+        relu: bool,
+        engine: str,
+    ) -> None:
+        with packing_for(engine):
+            self.packed = torch.ops.quantized.linear_prepack(
+                _labelled_weight(weight, scale), _exact_bias(bias, unit)
+            )
+        self.engine = engine
+        self.relu = relu
+        self.run = torch.ops.quantized.linear_relu if relu else torch.ops.quantized.linear
+
+    def __call__(self, codes: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+        """Labelled output codes."""
+        result: torch.Tensor = self.run(codes, self.packed, scale, zero_point)
+        return result
+
+    def to_float(self, codes: torch.Tensor) -> torch.Tensor:
+        """The product in float32, without rounding it to codes; fbgemm only."""
+        scale, zero_point = codes.q_scale(), codes.q_zero_point()
+        product: torch.Tensor = (
+            torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+                codes.dequantize(), scale, zero_point, self.packed
+            )
+        )
+        return product.clamp_(min=0) if self.relu else product
+
+
+def add(
+    left: torch.Tensor, right: torch.Tensor, scale: float, zero_point: int, relu: bool
+) -> torch.Tensor:
+    """Labelled codes of the sum of two labelled tensors."""
+    run = torch.ops.quantized.add_relu if relu else torch.ops.quantized.add
+    result: torch.Tensor = run(left, right, scale, zero_point)
+    return result
+
+
+def _labelled_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    # The zero points must be integers: float ones select another scheme, and garbage, silently.
+    zero_points = torch.zeros(len(scale), dtype=torch.int64)
+    labelled: torch.Tensor = torch._make_per_channel_quantized_tensor(
+        weight.contiguous(), scale.double(), zero_points, 0
+    )
+    return labelled
+
+
+def _exact_bias(bias: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    value, _ = float_bias(bias, unit)
+    return value

@@ -1,0 +1,1 @@
+"""The command line of fxq. Only this wing knows typer and rich."""

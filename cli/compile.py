@@ -1,0 +1,295 @@
+"""``fxq compile``: a network becomes a run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxq.errors import ArtifactError
+from fxq.zoo_entry import Normalization
+
+from .options import Engine, Print, default_folder
+
+if TYPE_CHECKING:
+    from fxq.compiler import Result
+    from fxq.recipe import Recipe
+
+    from .load import Batches, Subject
+    from .score import Evaluation, Score
+
+
+@dataclass(frozen=True)
+class Job:
+    """What ``fxq compile`` was asked for; the fields are its options."""
+
+    model: str
+    recipe: str
+    weights: Path | None = None
+    calibration: str | None = None
+    images: int | None = None
+    evaluation: str | None = None
+    eval_images: int | None = None
+    settings: list[str] = field(default_factory=list)
+    backend: str = "eager"
+    engine: Engine | None = None
+    output: Path | None = None
+    force: bool = False
+    batch_size: int = 64
+    seed: int = 0
+    leaves: list[str] = field(default_factory=list)
+    printing: Print = Print.NONE
+    normalization: Normalization | None = None
+    input_shape: tuple[int, ...] | None = None
+    accept_coverage: bool = False
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that was opened and checked before the work begins."""
+
+    recipe: Recipe
+    subject: Subject
+    folder: Path
+    calibration: Batches | None
+    evaluation: Evaluation | None
+
+
+def run(job: Job) -> None:
+    """The network is compiled, measured and saved, and all of it told."""
+    from .show_compile import Reporter, coverage_warning
+
+    plan = _prepared(job)
+    _announce(plan)
+    with Reporter(job.printing) as reporter:
+        before = _measured(plan, plan.subject.model.module, reporter)
+        result = compiled(
+            plan.subject,
+            plan.recipe,
+            plan.calibration and plan.calibration.data,
+            backend=job.backend,
+            engine=job.engine,
+            leaves=job.leaves,
+            reporter=reporter,
+        )
+        after = _measured(plan, result.module, reporter)
+    result.artifact.metadata.update(_metadata(job, plan, before, after))
+    result.artifact.save(plan.folder, force=job.force)
+    _summarize(plan, result, before, after)
+    coverage_warning(result.artifact.warnings, job.accept_coverage)
+
+
+def _prepared(job: Job) -> _Plan:
+    """Cheap checks first: names, then the output folder, then the network and its data."""
+    from fxq.recipe import Recipe
+    from fxq.registry import find_backend
+
+    from . import load, score
+
+    recipe = Recipe.load(job.recipe).with_settings(job.settings)
+    find_backend(job.backend)
+    folder = job.output or default_folder(_short_name(job.model), recipe.name)
+    check_output(folder, force=job.force)
+    subject = load.load_subject(
+        job.model,
+        weights=job.weights,
+        input_shape=job.input_shape,
+        normalization=job.normalization,
+        seed=job.seed,
+    )
+    calibration = calibration_for(
+        recipe,
+        subject,
+        job.calibration,
+        images=job.images,
+        batch_size=job.batch_size,
+        seed=job.seed,
+    )
+    evaluation = score.evaluation_of(
+        subject, job.evaluation, limit=job.eval_images, batch_size=job.batch_size
+    )
+    return _Plan(recipe, subject, folder, calibration, evaluation)
+
+
+def _short_name(spec: str) -> str:
+    """The part of a network's name that a folder is named after."""
+    path, _, name = spec.partition(":")
+    if path.endswith(".py"):
+        stem = Path(path).stem
+        return f"{stem}-{name}" if name else stem
+    return name or path
+
+
+def check_output(folder: Path, *, force: bool) -> None:
+    """The run can be written to this folder.
+
+    Raises:
+        ArtifactError: It cannot, or would overwrite something.
+    """
+    from fxq.artifact import check_writable
+
+    try:
+        check_writable(folder, force=force)
+        parent = next(place for place in folder.absolute().parents if place.exists())
+    except OSError as error:
+        raise ArtifactError(
+            f"the output folder cannot be made: {error.strerror}",
+            where=str(folder),
+            hint="choose another folder with --output",
+        ) from error
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ArtifactError(
+            "the output folder cannot be made: its parent is not writable",
+            where=str(parent),
+            hint="choose another folder with --output",
+        )
+
+
+def calibration_for(
+    recipe: Recipe,
+    subject: Subject,
+    data: str | None,
+    *,
+    images: int | None,
+    batch_size: int,
+    seed: int,
+) -> Batches | None:
+    """The batches a recipe calibrates on; None where it does not calibrate."""
+    from .load import calibration_of
+
+    if not any(one.name == "calibrate" for one in recipe.passes):
+        return None
+    return calibration_of(subject, data, images=images, batch_size=batch_size, seed=seed)
+
+
+def compiled(
+    subject: Subject,
+    recipe: Recipe,
+    calibration: Iterable[Any] | None,
+    *,
+    backend: str = "eager",
+    engine: Engine | None = None,
+    leaves: list[str] | None = None,
+    reporter: Any = None,
+) -> Result:
+    """A network through a recipe."""
+    from fxq.compiler import compile as compile_model
+
+    options: dict[str, Any] = {"engine": engine.value} if engine is not None else {}
+    return compile_model(
+        subject.model.module,
+        subject.model.example_inputs,
+        recipe,
+        backend=backend,
+        calibration=calibration,
+        leaf_modules=leaves or (),
+        on_step=None if reporter is None else reporter.step,
+        progress=reporter,
+        **options,
+    )
+
+
+def _measured(plan: _Plan, module: Any, reporter: Any) -> Score | None:
+    return None if plan.evaluation is None else plan.evaluation.measure(module, reporter)
+
+
+def _announce(plan: _Plan) -> None:
+    from . import show
+    from .load import RANDOM
+
+    model = plan.subject.model
+    show.line(f"{model.spec}, weights: {plan.subject.weights}; recipe {plan.recipe.name}")
+    if plan.subject.weights == RANDOM:
+        show.notice("the weights are random: sizes and speed mean something, accuracy does not")
+    if plan.calibration is not None:
+        show.line(f"calibrating on {plan.calibration.source}")
+        if plan.calibration.name == RANDOM:
+            show.notice("random calibration is for trying speed and structure, not for accuracy")
+
+
+def _metadata(job: Job, plan: _Plan, before: Score | None, after: Score | None) -> dict[str, Any]:
+    """What ``fxq eval`` and ``fxq bench`` need to know later."""
+    known = plan.subject.normalization
+    model = {
+        "spec": job.model,
+        "weights": str(job.weights) if job.weights else plan.subject.weights,
+        "input_shape": list(plan.subject.shape),
+        "mean": list(known.mean) if known else None,
+        "std": list(known.std) if known else None,
+        "calibration": plan.calibration.source if plan.calibration else None,
+        "data": plan.evaluation.name if plan.evaluation else None,
+        "seed": job.seed,
+        "size": float_bytes(plan.subject.model.module),
+    }
+    scores = {
+        name: score.to_json()
+        for name, score in (("float", before), ("compiled", after))
+        if score is not None
+    }
+    return {"model": model, "accuracy": scores}
+
+
+def float_bytes(module: Any) -> int:
+    """Bytes of the parameters of a network."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the weight file and the structure of a run, which are what is deployed."""
+    total = 0
+    for name in ("weights.safetensors", "structure.json"):
+        with contextlib.suppress(OSError):
+            total += (folder / name).stat().st_size
+    return total
+
+
+def _summarize(plan: _Plan, result: Result, before: Score | None, after: Score | None) -> None:
+    from . import show, show_compile
+
+    artifact = result.artifact
+    engine = artifact.metadata.get("engine")
+    rows = [
+        ("network", plan.subject.model.spec),
+        ("recipe", f"{plan.recipe.name} on {artifact.backend}" + (f", {engine}" if engine else "")),
+        ("weights", _sizes(float_bytes(plan.subject.model.module), artifact.size_after)),
+        ("coverage", coverage_text(artifact.ledger)),
+    ]
+    rows += _score_rows(plan.evaluation, before, after)
+    disk = show.size_text(folder_bytes(plan.folder))
+    rows.append(("time", f"{result.seconds:.1f} s to compile; {disk} on disk"))
+    run = str(plan.folder)
+    commands = [f"fxq diff {run} --stat", f"fxq explain {run}", f"fxq bench {run}"]
+    show_compile.summary(rows, run, commands)
+
+
+def _sizes(before: int, after: int) -> str:
+    from . import show
+
+    ratio = f", {before / after:.1f}x smaller" if after else ""
+    return f"{show.size_text(before)} in float -> {show.size_text(after)}{ratio}"
+
+
+def coverage_text(ledger: Any) -> str:
+    """Where the nodes ended up, in counts."""
+    layers = [entry for entry in ledger.entries if entry.layer]
+    inside = sum(entry.where == "int8" for entry in layers)
+    counts = ledger.counts()
+    places = ", ".join(f"{count} {place}" for place, count in counts.items())
+    return f"{inside} of {len(layers)} layers on integers; nodes: {places}"
+
+
+def _score_rows(
+    evaluation: Evaluation | None, before: Score | None, after: Score | None
+) -> list[tuple[str, str]]:
+    from .score import difference
+
+    if evaluation is None or before is None or after is None:
+        return [("accuracy", "not measured; --eval DATA measures it before and after")]
+    return [
+        ("measured on", evaluation.source),
+        ("float", str(before)),
+        ("compiled", f"{after}, {difference(before, after)}"),
+    ]

@@ -1,0 +1,107 @@
+"""``fxq eval``: the accuracy of a saved run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxq.errors import ArtifactError, DataError
+
+from .options import Engine
+
+if TYPE_CHECKING:
+    from fxq.zoo_entry import Normalization
+
+    from .load import Subject
+    from .score import Evaluation
+
+
+def run(
+    name: str,
+    data: str | None,
+    *,
+    limit: int | None,
+    batch_size: int,
+    engine: Engine | None,
+    normalization: Normalization | None,
+) -> None:
+    """The accuracy of a run is measured and printed."""
+    from fxq.artifact import load
+
+    from .show_compile import Meter, score
+    from .trail import run_folder
+
+    artifact = load(run_folder(name), engine.value if engine else None)
+    about = artifact.metadata.get("model", {})
+    if not isinstance(about, dict):
+        raise ArtifactError("its metadata is damaged", where=name, hint="compile again")
+    evaluation = _evaluation(about, data, limit, batch_size, normalization)
+    with Meter() as meter:
+        measured = evaluation.measure(artifact.module, meter)
+    score(evaluation.source, str(measured))
+
+
+def _evaluation(
+    about: dict[str, Any],
+    data: str | None,
+    limit: int | None,
+    batch_size: int,
+    normalization: Normalization | None,
+) -> Evaluation:
+    from .score import evaluation_of
+
+    chosen = data or about.get("data") or None
+    if chosen is not None and chosen.partition(":")[0].endswith(".py"):
+        subject, chosen = _from_model_file(chosen), None
+    else:
+        subject = _described(about, normalization)
+    if chosen and chosen == subject.builtin:
+        chosen = None
+    found = evaluation_of(subject, chosen, limit=limit, batch_size=batch_size)
+    if found is None:
+        spec = str(about.get("spec", ""))
+        hint = "pass --data with an .npz file or a folder of images"
+        if ".py" in spec:
+            hint = f"pass --data {spec}, whose eval_data or evaluate is then used; or a path"
+        raise DataError("there is nothing to measure with", where=spec or None, hint=hint)
+    return found
+
+
+def _from_model_file(spec: str) -> Subject:
+    from .load import load_subject
+
+    return load_subject(spec)
+
+
+def _described(about: dict[str, Any], normalization: Normalization | None) -> Subject:
+    """What a run says of its network, without building it."""
+    import torch
+    from torch import nn
+
+    from fxq.model_file import NamedModel
+    from fxq.zoo_entry import Normalization
+
+    from .load import Subject
+
+    try:
+        if normalization is None and about.get("mean"):
+            normalization = Normalization(tuple(about["mean"]), tuple(about["std"]))
+        shape = tuple(int(size) for size in about.get("input_shape") or ())
+        spec = str(about.get("spec", ""))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ArtifactError(f"its metadata is damaged: {error}", hint="compile again") from error
+    model = NamedModel(
+        spec,
+        Path(spec).name,
+        nn.Identity(),
+        (torch.empty(shape, device="meta"),),
+        entry=_entry(spec),
+    )
+    return Subject(model, str(about.get("weights", "")), normalization)
+
+
+def _entry(spec: str) -> Any:
+    """The zoo entry of that name; None for anything else."""
+    from fxq.registry import catalog
+
+    return catalog("models_zoo").get(spec)

@@ -1,0 +1,50 @@
+"""The examples that end each ``--help``; the test suite runs every one of them."""
+
+from __future__ import annotations
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "": (
+        "fxq compile digits/convnet",
+        "fxq diff runs/digits-convnet-aciq-4bit --stat",
+        "fxq explain runs/digits-convnet-aciq-4bit",
+    ),
+    "compile": (
+        "fxq compile digits/convnet",
+        "fxq compile model.py -r minmax-int8 --set weight_bits=6 -v -o runs/mine",
+        "fxq compile cifar/resnet20 -w w.safetensors -c train.npz -e test.npz -n 64",
+        "fxq compile torchvision/resnet18 -r minmax-int8 -c random -n 8 -b 4",
+    ),
+    "diff": (
+        "fxq diff runs/digits-convnet-aciq-4bit --stat",
+        "fxq diff runs/digits-convnet-aciq-4bit --pass fold-batch-norm",
+        "fxq diff runs/mine --against runs/digits-convnet-aciq-4bit --stat",
+    ),
+    "show": (
+        "fxq show runs/digits-convnet-aciq-4bit --step capture",
+        "fxq show tiny/residual --no-digests",
+    ),
+    "explain": (
+        "fxq explain runs/digits-convnet-aciq-4bit",
+        "fxq explain tiny/concat --recipe aciq-4bit",
+    ),
+    "eval": (
+        "fxq eval runs/digits-convnet-aciq-4bit",
+        "fxq eval runs/mine --data model.py",
+        "fxq eval runs/cifar-resnet20-aciq-4bit --data test.npz --engine fbgemm",
+    ),
+    "bench": (
+        "fxq bench runs/digits-convnet-aciq-4bit --rounds 5",
+        "fxq bench tiny/conv -r minmax-int8,aciq-4bit --against float,torch.ao",
+        "fxq bench tiny/conv -r aciq-4bit --compile-time --rounds 1",
+    ),
+    "passes": ("fxq passes", "fxq passes quantize-aciq"),
+    "recipes": ("fxq recipes", "fxq recipes aciq-4bit"),
+    "backends": ("fxq backends",),
+    "models": ("fxq models", "fxq models resnet20", "fxq models 'torchvision/resnet*'"),
+}
+
+
+def epilog(command: str) -> str:
+    """The end of the help of a command."""
+    heading = "Example:" if len(EXAMPLES[command]) == 1 else "Examples:"
+    return "\n".join((heading, *EXAMPLES[command]))

@@ -1,0 +1,241 @@
+"""What a command works on: the network, its weights, and the data to calibrate and measure with."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxq.errors import CalibrationError, DataError, FxqError
+from fxq.zoo_entry import Normalization
+
+if TYPE_CHECKING:
+    from fxq.model_file import NamedModel
+
+RANDOM = "random"
+DEFAULT_IMAGES = 512
+
+
+def zoo() -> Any:
+    """The zoo wing, which holds the datasets; reached by name, as the registry does."""
+    return importlib.import_module("fxq.models_zoo")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network with its weights, and how images become its input.
+
+    Attributes:
+        model: The network.
+        weights: Where its weights come from, for people.
+        normalization: From ``--mean`` and ``--std``, else from the zoo; None where neither says.
+    """
+
+    model: NamedModel
+    weights: str
+    normalization: Normalization | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of its first input; empty where that is no tensor."""
+        return tuple(getattr(self.model.example_inputs[0], "shape", ()))
+
+    @property
+    def builtin(self) -> str:
+        """Name of the data inside the package that it goes with, or nothing."""
+        return self.model.entry.data if self.model.entry is not None else ""
+
+
+def load_subject(
+    spec: str,
+    *,
+    weights: Path | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    normalization: Normalization | None = None,
+    seed: int = 0,
+) -> Subject:
+    """The network of that name, with these weights."""
+    from fxq.model_file import load_model
+
+    model = load_model(spec, input_shape=input_shape, seed=seed)
+    entry = model.entry
+    if weights is not None:
+        zoo().load_weights(model.module, weights)
+        source = str(weights)
+    elif entry is not None:
+        source = entry.weights
+    else:
+        source = "as the model file makes them"
+    known = normalization or (entry.normalization if entry is not None else None)
+    return Subject(model, source, known)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches to calibrate on, and where they come from.
+
+    Attributes:
+        source: For people.
+        name: What the user gave, or would have to give to get the same.
+        data: The batches; can be read repeatedly, unless the user's own cannot.
+    """
+
+    source: str
+    name: str
+    data: Iterable[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+
+class _Images:
+    """A seeded draw of images, batch by batch."""
+
+    def __init__(self, data: Any, batch_size: int, limit: int, seed: int) -> None:
+        self._data, self._batch_size, self._seed = data, batch_size, seed
+        self._limit = min(limit, len(data))
+
+    def __len__(self) -> int:
+        return -(-self._limit // self._batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        for images, _ in self._data.batches(self._batch_size, limit=self._limit, seed=self._seed):
+            yield images
+
+
+class _Noise:
+    """Inputs drawn from N(0, 1) in the shape of the example."""
+
+    def __init__(self, shape: tuple[int, ...], batch_size: int, limit: int, seed: int) -> None:
+        self._shape, self._batch_size, self._limit, self._seed = shape, batch_size, limit, seed
+
+    def __len__(self) -> int:
+        return -(-self._limit // self._batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        import torch
+
+        generator = torch.Generator().manual_seed(self._seed)
+        for start in range(0, self._limit, self._batch_size):
+            count = min(self._batch_size, self._limit - start)
+            yield (torch.randn(count, *self._shape[1:], generator=generator),)
+
+
+def calibration_of(
+    subject: Subject, data: str | None, *, images: int | None, batch_size: int, seed: int
+) -> Batches:
+    """The batches a network is calibrated on: ``data``, else what its file or zoo entry brings.
+
+    Args:
+        subject: The network.
+        data: A path, ``random``, or None.
+        images: How many images to draw; None draws 512, and takes all of the model file's own.
+        batch_size: Images per batch.
+        seed: Draws the images.
+
+    Raises:
+        CalibrationError: There is no data.
+        DataError: It cannot be read as images of the network's shape.
+    """
+    limit = images or DEFAULT_IMAGES
+    if data == RANDOM:
+        if len(subject.model.example_inputs) != 1 or len(subject.shape) < 2:
+            raise CalibrationError(
+                "random calibration needs a network with one tensor as its input",
+                where=subject.model.spec,
+                hint="define calibration_data in the model file",
+            )
+        noise = _Noise(subject.shape, batch_size, limit, seed)
+        return Batches(f"{limit} random inputs", RANDOM, noise)
+    if data is None and subject.model.calibration_data is not None:
+        own = subject.model.calibration_data
+        if images is not None:
+            own = _Some(own, images)
+        return Batches("calibration_data of the model file", "", own)
+    opened = open_data(subject, data, "train")
+    if opened is None:
+        raise CalibrationError(
+            "there is no calibration data",
+            where=subject.model.spec,
+            hint="pass --calibration DATA, or define calibration_data in the model file; "
+            "--calibration random is for trying speed and structure only",
+        )
+    drawn = _Images(opened, batch_size, limit, seed)
+    source = described(min(limit, len(opened)), opened)
+    return Batches(source, data or subject.builtin, drawn)
+
+
+def described(count: int, images: Any) -> str:
+    """How many of the images at a place are used, for people."""
+    all_or_some = f"{count}" if count == len(images) else f"{count} of {len(images)}"
+    return f"{all_or_some} images of {images.name}"
+
+
+class _Some:
+    """The first batches of a source, until so many inputs have been read."""
+
+    def __init__(self, data: Iterable[Any], limit: int) -> None:
+        self._data, self._limit = data, limit
+
+    def __iter__(self) -> Iterator[Any]:
+        done = 0
+        for batch in self._data:
+            if done >= self._limit:
+                return
+            yield batch
+            first = batch[0] if isinstance(batch, (tuple, list)) else batch
+            done += len(first) if isinstance(first, Sized) else 1
+
+
+def open_data(subject: Subject, data: str | None, split: str) -> Any:
+    """The labelled images at a path, else those inside the package; None where there are neither.
+
+    Raises:
+        DataError: They cannot be read as images of the network's shape.
+    """
+    if data is None:
+        return zoo().builtin_data(subject.builtin, split) if subject.builtin else None
+    shape = subject.shape
+    if len(shape) != 4 or shape[2] != shape[3]:
+        raise DataError(
+            f"images need a network that takes [N, C, H, H], not {list(shape)}",
+            where=data,
+            hint="define calibration_data and eval_data in the model file",
+        )
+    if subject.normalization is None:
+        raise FxqError(
+            "how pixels become the network's input is unknown",
+            where=subject.model.spec,
+            hint="pass --mean and --std, for example --mean 0.485,0.456,0.406 "
+            "--std 0.229,0.224,0.225",
+        )
+    if subject.normalization.channels != shape[1]:
+        raise FxqError(
+            f"--mean and --std have {subject.normalization.channels} channels, the network takes "
+            f"{shape[1]}",
+            where=subject.model.spec,
+        )
+    return zoo().open_images(data, normalization=subject.normalization, size=shape[-1], split=split)
+
+
+def renormalized(subject: Subject, normalization: Normalization | None) -> Subject:
+    """The subject with another normalization, where one is given."""
+    return replace(subject, normalization=normalization) if normalization else subject
+
+
+def load_plugins(files: list[Path] | None) -> None:
+    """The passes, backends and networks of these files are known by name."""
+    from fxq.registry import load_plugin
+
+    for file in files or []:
+        load_plugin(file)
+
+
+def set_threads(count: int | None) -> None:
+    """Torch computes on so many threads; None leaves its own choice."""
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)

@@ -1,0 +1,269 @@
+"""`Artifact`: a compiled model as a folder of plain data, written whole or not at all.
+
+``weights.safetensors`` holds every tensor, ``structure.json`` the integer program, ``ledger.json``
+where each node went, ``recipe.toml`` and the journal how it was made, ``metadata.json`` the rest.
+Nothing in the folder is code, and loading it runs none.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxq
+from fxq.errors import ArtifactError
+from fxq.integer.ledger import Ledger
+from fxq.integer.program import IntegerProgram
+from fxq.registry import find_backend
+from fxq.trail.journal import Journal
+
+FILES = ("weights.safetensors", "structure.json", "ledger.json", "metadata.json")
+
+
+@dataclass
+class Artifact:
+    """A compiled model.
+
+    Attributes:
+        integers: The integer program.
+        ledger: Where each node of the captured graph went.
+        module: The module that runs it.
+        backend: Name of the backend that made it.
+        journal: What each pass did.
+        recipe_toml: The recipe it was made with.
+        promised_coverage: The share of layers the recipe promised to run on integers.
+        metadata: Engine, versions, accuracy and whatever else is worth keeping.
+    """
+
+    integers: IntegerProgram
+    ledger: Ledger
+    module: nn.Module
+    backend: str = "eager"
+    journal: Journal | None = None
+    recipe_toml: str = ""
+    promised_coverage: float = 1.0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        """The output of the module."""
+        return self.module(*inputs)
+
+    @property
+    def size_after(self) -> int:
+        """Bytes of the weights, each integer weight at its nominal number of bits."""
+        return self.integers.weight_bytes()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should be told: coverage below the recipe's promise."""
+        return self.ledger.warnings(self.promised_coverage)
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """The artifact is a folder at this path.
+
+        It is written beside its place and renamed, so that a half-written one never exists.
+
+        Args:
+            path: The folder.
+            force: Whether an existing folder that is not empty is replaced.
+
+        Raises:
+            ArtifactError: The folder holds something and force is off, cannot be written, or the
+                module calls code of the user's own.
+        """
+        target = Path(path)
+        check_writable(target, force=force)
+        with _replacing(target) as folder:
+            self._write(folder)
+        return target
+
+    def _write(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        structure = self.integers.to_json()
+        tensors = {name: value.contiguous().clone() for name, value in self.integers.tensors.items()}
+        save_file(tensors, folder / "weights.safetensors")
+        _dump(folder / "structure.json", structure)
+        _dump(folder / "ledger.json", self.ledger.to_json())
+        _dump(folder / "metadata.json", self._metadata())
+        if self.recipe_toml:
+            (folder / "recipe.toml").write_text(self.recipe_toml, encoding="utf-8")
+        if self.journal is not None:
+            self.journal.save(folder)
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            **self.metadata,
+            "backend": self.backend,
+            "fxq": fxq.__version__,
+            "torch": torch.__version__,
+            "promised_coverage": self.promised_coverage,
+        }
+
+
+def check_writable(target: Path, *, force: bool = False) -> None:
+    """A folder can be made at this path without losing anything.
+
+    Raises:
+        ArtifactError: It holds something and force is off, is a file, or its parent is not a folder.
+    """
+    if target.is_file():
+        raise ArtifactError(
+            "the output is a file", where=str(target), hint="name a folder that does not exist yet"
+        )
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise ArtifactError(
+            "the output folder is not empty",
+            where=str(target),
+            hint="pass --force to replace it, or choose another with -o",
+        )
+    if target.is_dir() and any(target.iterdir()) and not (target / "metadata.json").exists():
+        raise ArtifactError(
+            "the output folder holds something that is not an fxq run",
+            where=str(target),
+            hint="--force replaces runs only; choose another folder",
+        )
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ArtifactError("the output's parent is a file", where=str(parent))
+
+
+def load(path: str | Path, engine: str | None = None) -> Artifact:
+    """The artifact saved at a path, ready to run; no code from it is executed.
+
+    Args:
+        path: The folder.
+        engine: Run on this engine rather than the one it was compiled for.
+
+    Raises:
+        ArtifactError: The folder is missing, incomplete, damaged, or not an fxq artifact.
+    """
+    folder = Path(path)
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise ArtifactError(
+            f"this is not an fxq artifact: {', '.join(missing)} is missing",
+            where=str(folder),
+            hint="give the run folder that fxq compile printed",
+        )
+    try:
+        metadata = _object(folder / "metadata.json")
+        integers = IntegerProgram.from_json(_json(folder / "structure.json"), _tensors(folder))
+        ledger = Ledger.from_json(_json(folder / "ledger.json"))
+        chosen = engine or metadata.get("engine") or "x86"
+        backend = str(metadata.get("backend", "eager"))
+        module = _build(backend, integers, str(chosen))
+    except ArtifactError as error:
+        error.where = error.where or str(folder)
+        raise
+    recipe = folder / "recipe.toml"
+    return Artifact(
+        integers=integers,
+        ledger=ledger,
+        module=module,
+        backend=backend,
+        journal=Journal.load(folder) if (folder / "journal.json").exists() else None,
+        recipe_toml=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
+        promised_coverage=float(metadata.get("promised_coverage", 1.0)),
+        metadata={**metadata, "engine": chosen},
+    )
+
+
+def _build(backend: str, integers: IntegerProgram, engine: str) -> nn.Module:
+    builder: Any = find_backend(backend)
+    try:
+        module: nn.Module = builder.load(integers, engine=engine)
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        raise ArtifactError(
+            f"the structure does not fit its tensors: {str(error).splitlines()[0]}",
+            hint="compile again; a file was changed or belongs to another run",
+        ) from error
+    return module
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "weights.safetensors"
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(
+            f"the weights cannot be read: {error}",
+            where=str(path),
+            hint="the file is truncated or foreign; compile again",
+        ) from error
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"the file is not valid JSON: {error}",
+            where=str(path),
+            hint="it was changed or cut short; compile again",
+        ) from error
+
+
+def _object(path: Path) -> dict[str, Any]:
+    data = _json(path)
+    if not isinstance(data, dict):
+        raise ArtifactError("the file does not hold an object", where=str(path))
+    return data
+
+
+def _dump(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes the target when the body ends well, and vanishes when not."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    try:
+        yield folder
+        folder.chmod(0o755)
+        _swap(folder, target)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swap(folder: Path, target: Path) -> None:
+    """The new folder takes the old one's place; the old one is kept until it has."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    old = target.with_name(f".{target.name}-old")
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    try:
+        folder.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _unwritable(target: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        f"the artifact cannot be written: {error.strerror or error}",
+        where=str(target),
+        hint="check the path, the permissions and the free space; nothing was changed",
+    )

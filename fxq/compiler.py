@@ -1,0 +1,178 @@
+"""`compile`: a model, a recipe and data in; a module on integer kernels, and the record of it, out."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxq.artifact import Artifact
+from fxq.errors import CalibrationError
+from fxq.graph.capture import ExampleInputs, as_inputs, capture
+from fxq.graph.program import Program, Progress
+from fxq.pipeline import Pipeline
+from fxq.recipe import Recipe
+from fxq.registry import find_backend
+from fxq.trail.journal import Journal, Step
+
+PROBE_SIZE = 4
+"""How many calibration images the probe batch holds."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a compilation gives.
+
+    Attributes:
+        program: The program after the last pass; running it simulates the integers in float.
+        journal: What each pass did.
+        artifact: The lowered module, which can be saved.
+        recipe: The recipe that was run, with its settings.
+        seconds: How long it took.
+    """
+
+    program: Program
+    journal: Journal
+    artifact: Artifact
+    recipe: Recipe
+    seconds: float
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that runs on integer kernels."""
+        return self.artifact.module
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    recipe: str | Path | Recipe | Pipeline = "aciq-4bit",
+    *,
+    backend: str = "eager",
+    calibration: Iterable[Any] | None = None,
+    settings: Sequence[str] = (),
+    leaf_modules: Sequence[type[nn.Module] | str] = (),
+    concrete_args: Mapping[str, Any] | None = None,
+    check: bool = True,
+    on_step: Callable[[Step], None] | None = None,
+    progress: Progress | None = None,
+    **backend_options: Any,
+) -> Result:
+    """A model on integer kernels, with the record of how it got there; the model is not touched.
+
+    Args:
+        model: The model.
+        example_inputs: One batch: a tensor, or a tuple with one entry per argument.
+        recipe: A built-in name, a path to a TOML file, a `Recipe` or a `Pipeline`.
+        backend: What to lower to.
+        calibration: Batches of the model's input; labels and other extras are left out.
+        settings: ``pass.option=value``, applied to the recipe.
+        leaf_modules: Module classes or names that stay one node each.
+        concrete_args: Arguments of ``forward`` fixed to these values.
+        check: Whether to run the probe batch after every pass.
+        on_step: Called after every pass.
+        progress: Called as ``progress(label, done, total)`` during long steps.
+        backend_options: For ``eager``: ``engine``.
+
+    Raises:
+        FxqError: Something is wrong; see the subclasses in `fxq.errors`.
+
+    Example:
+        >>> from fxq.models_zoo import tiny_conv
+        >>> images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> result = compile(tiny_conv(), images[:1], "minmax-int8", calibration=[images])
+        >>> result.artifact.ledger.coverage()
+        1.0
+    """
+    start = time.perf_counter()
+    chosen = _recipe(recipe).with_settings(settings)
+    program = capture(
+        model,
+        on_cpu(as_inputs(example_inputs)),
+        leaf_modules=leaf_modules,
+        concrete_args=concrete_args,
+    )
+    program.recipe = chosen.name
+    program.overrides = chosen.layers
+    program.progress = progress
+    program.calibration = _with_probe(program, calibration)
+    journal = chosen.pipeline(check=check).run(program, on_step)
+    program.calibration = None
+    artifact = lower(program, backend, journal=journal, **backend_options)
+    artifact.recipe_toml = chosen.to_toml()
+    artifact.promised_coverage = chosen.coverage
+    return Result(program, journal, artifact, chosen, time.perf_counter() - start)
+
+
+def lower(program: Program, backend: str = "eager", **options: Any) -> Artifact:
+    """A quantized program as an artifact of a backend.
+
+    Args:
+        program: A program after a quantize pass.
+        backend: Its name.
+        options: Options of the backend.
+
+    Raises:
+        UnknownNameError: There is no such backend.
+        LoweringError: The backend cannot express the program; every obstacle is listed.
+    """
+    return find_backend(backend).lower(program, **options)
+
+
+def on_cpu(value: Any) -> Any:
+    """Tensors moved to where the integer kernels are."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_cpu(item) for item in value)
+    return value
+
+
+def _recipe(recipe: str | Path | Recipe | Pipeline) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Pipeline):
+        return Recipe("pipeline", recipe.passes)
+    return Recipe.load(recipe)
+
+
+def _with_probe(program: Program, source: Iterable[Any] | None) -> Iterable[Any] | None:
+    """The calibration data, with a few of its first images made the probe batch."""
+    if source is None:
+        return None
+    if isinstance(source, torch.Tensor):
+        raise CalibrationError(
+            "calibration must be batches, not one tensor", hint="wrap it in a list: [images]"
+        )
+    batches = iter(source)
+    first = next(batches, None)
+    if first is None:
+        raise CalibrationError(
+            "0 batches were calibrated", hint="the calibration data is empty; give some images"
+        )
+    count = len(program.example_inputs)
+    arguments = (first,) if isinstance(first, torch.Tensor) else tuple(first)[:count]
+    if all(isinstance(value, torch.Tensor) and value.dim() for value in arguments):
+        program.probe = tuple(on_cpu(value[:PROBE_SIZE]) for value in arguments)
+    rest = itertools.chain([first], batches)
+    return _Counted(rest, len(source)) if hasattr(source, "__len__") else rest
+
+
+class _Counted:
+    """An iterator with a known length, so that progress can be shown."""
+
+    def __init__(self, batches: Iterable[Any], length: int) -> None:
+        self._batches = batches
+        self._length = length
+
+    def __iter__(self) -> Any:
+        return iter(on_cpu(batch) for batch in self._batches)
+
+    def __len__(self) -> int:
+        return self._length

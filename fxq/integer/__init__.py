@@ -1,0 +1,1 @@
+"""The program in integers: what backends run, what artifacts store, and what it computes exactly."""

@@ -1,0 +1,370 @@
+"""`load_model`: the network a user names, with the data that its file or zoo entry brings.
+
+A network is named as ``model.py`` or ``model.py:name`` (a Python file), ``package.module:name`` (a
+module that can be imported), or by a name of the zoo such as ``cifar/resnet20``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxq.errors import FxqError, UnknownNameError
+from fxq.graph.capture import as_inputs
+from fxq.registry import find_network
+from fxq.torchvision_import import prepare_torchvision
+from fxq.zoo_entry import ZooEntry
+
+CONVENTION = (
+    "a model file defines model (a torch.nn.Module, or a function that returns one) and "
+    "example_inputs (a tensor, a tuple, or a function); and, if it likes, calibration_data, "
+    "eval_data (batches of inputs and labels) or evaluate(module)"
+)
+_FILE = re.compile(r"(?P<path>.+\.py)(?::(?P<name>\w+))?")
+_IMPORT = re.compile(r"(?P<path>[A-Za-z_][\w.]*):(?P<name>\w+)")
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A network and what goes with it.
+
+    Attributes:
+        spec: What the user named.
+        name: A short name, fit for a folder.
+        module: The network, in eval mode.
+        example_inputs: One batch of arguments.
+        calibration_data: Batches to calibrate on, where its file has them.
+        eval_data: Batches of ``(inputs, labels)``, where its file has them; can be read repeatedly.
+        evaluate: The file's own measure of a network, where it has one.
+        entry: Its zoo entry, where it comes from the zoo.
+    """
+
+    spec: str
+    name: str
+    module: nn.Module
+    example_inputs: tuple[Any, ...]
+    calibration_data: Iterable[Any] | None = None
+    eval_data: Iterable[Any] | None = None
+    evaluate: Callable[[nn.Module], Any] | None = None
+    entry: ZooEntry | None = None
+
+
+def load_model(spec: str, *, input_shape: Sequence[int] | None = None, seed: int = 0) -> NamedModel:
+    """The network of that name.
+
+    Args:
+        spec: ``model.py``, ``model.py:name``, ``package.module:name`` or a name of the zoo.
+        input_shape: Shape of one input batch; the example is then drawn from N(0, 1), whatever the
+            file says.
+        seed: Where random weights and examples are drawn from.
+
+    Raises:
+        UnknownNameError: No network of the zoo has that name.
+        FxqError: The file is missing or fails, or what it defines is of the wrong type; the error
+            shows the line and the convention.
+
+    Example:
+        >>> load_model("tiny/conv").example_inputs[0].shape
+        torch.Size([1, 3, 8, 8])
+    """
+    example = _random_input(input_shape, seed) if input_shape else None
+    if match := _FILE.fullmatch(spec):
+        return _from_file(spec, Path(match["path"]), match["name"] or "model", example, seed)
+    if match := _IMPORT.fullmatch(spec):
+        return _from_import(spec, match["path"], match["name"], example, seed)
+    entry = _entry(spec)
+    return NamedModel(
+        spec=spec,
+        name=spec,
+        module=entry.build(seed),
+        example_inputs=example or _random_input(entry.input_shape, seed),
+        entry=entry,
+    )
+
+
+def _random_input(shape: Sequence[int], seed: int) -> tuple[torch.Tensor]:
+    if any(size < 1 for size in shape):
+        raise FxqError("an input shape is made of positive sizes", where=str(list(shape)))
+    return (torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)),)
+
+
+def _entry(spec: str) -> ZooEntry:
+    try:
+        return find_network(spec)
+    except UnknownNameError as error:
+        place = Path(spec)
+        if place.with_suffix(".py").is_file():
+            error.hint = f"did you mean {place.with_suffix('.py')}?"
+        elif place.is_dir():
+            error.hint = "a folder is no network; name a model.py, or a network of `fxq models`"
+        elif error.hint and error.hint.startswith("known:"):
+            error.hint += "; `fxq models` lists them; a file is named model.py"
+        raise
+
+
+# ---- files and importable modules --------------------------------------------------------------
+
+
+def _from_file(
+    spec: str, path: Path, name: str, example: tuple[Any, ...] | None, seed: int
+) -> NamedModel:
+    if not path.is_file():
+        raise FxqError(
+            "there is no such model file",
+            where=str(path),
+            hint=f"give a .py file or a network of `fxq models`; {CONVENTION}",
+        )
+    with _seeded(seed), _importable(path.resolve().parent):
+        namespace = _executed(path)
+        return _assembled(spec, path.stem, namespace, name, str(path), example)
+
+
+def _from_import(
+    spec: str, module: str, name: str, example: tuple[Any, ...] | None, seed: int
+) -> NamedModel:
+    prepare_torchvision()
+    with _seeded(seed), _importable(Path.cwd()):
+        try:
+            namespace = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module + ".").startswith(error.name + "."):
+                raise _failure(error, spec, "cannot be imported") from error
+            raise FxqError(
+                f"there is no module {error.name!r} to import",
+                where=spec,
+                hint="a network is named model.py, package.module:name, or as in `fxq models`",
+            ) from error
+        except (Exception, SystemExit) as error:
+            raise _failure(error, spec, "cannot be imported") from error
+        return _assembled(spec, name, namespace, name, module, example)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """The folder's modules can be imported, before any other of the same name."""
+    entry = str(folder)
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(entry)
+
+
+def _executed(path: Path) -> ModuleType:
+    prepare_torchvision()
+    name = f"fxq_model_{re.sub(r'[^A-Za-z0-9_]', '_', path.stem)}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise FxqError("a model file must be Python", where=str(path), hint=CONVENTION)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise _failure(error, str(path), "cannot be loaded") from error
+    return module
+
+
+def _assembled(
+    spec: str,
+    short: str,
+    namespace: ModuleType,
+    name: str,
+    where: str,
+    example: tuple[Any, ...] | None,
+) -> NamedModel:
+    module = _network(namespace, name, where)
+    evaluate = getattr(namespace, "evaluate", None)
+    if evaluate is not None and not callable(evaluate):
+        raise _wrong("evaluate", evaluate, "a function of a module", where)
+    return NamedModel(
+        spec=spec,
+        name=short,
+        module=module.eval(),
+        example_inputs=example or _example(namespace, where),
+        calibration_data=_batches(namespace, "calibration_data", where),
+        eval_data=_repeatable(_batches(namespace, "eval_data", where), where),
+        evaluate=evaluate,
+    )
+
+
+def _network(namespace: ModuleType, name: str, where: str) -> nn.Module:
+    if not hasattr(namespace, name):
+        networks = [key for key, value in vars(namespace).items() if isinstance(value, nn.Module)]
+        hint = f"name one of its networks: {where}:{networks[0]}" if networks else CONVENTION
+        raise FxqError(f"it defines no {name!r}", where=where, hint=hint)
+    value = getattr(namespace, name)
+    if not isinstance(value, nn.Module) and callable(value):
+        value = _called(value, f"{name}()", where)
+    if isinstance(value, nn.Module):
+        return value
+    if isinstance(value, dict):
+        raise _wrong(name, value, "a torch.nn.Module", where, "a state dict is no network; ")
+    raise _wrong(name, value, "a torch.nn.Module, or a function that returns one", where)
+
+
+def _example(namespace: ModuleType, where: str) -> tuple[Any, ...]:
+    if not hasattr(namespace, "example_inputs"):
+        raise FxqError(
+            "it defines no 'example_inputs', so the shape of its input is unknown",
+            where=where,
+            hint="add example_inputs = torch.zeros(1, 3, 224, 224) with the shape the network "
+            "takes, or pass --input-shape 1,3,224,224",
+        )
+    value = namespace.example_inputs
+    if callable(value):
+        value = _called(value, "example_inputs()", where)
+    try:
+        return as_inputs(value)
+    except FxqError as error:
+        raise _wrong("example_inputs", value, "a tensor or a tuple of arguments", where) from error
+
+
+def _batches(namespace: ModuleType, name: str, where: str) -> Iterable[Any] | None:
+    value = getattr(namespace, name, None)
+    if value is None:
+        return None
+    if callable(value) and not isinstance(value, Iterable):
+        return _Fresh(value, name, where)
+    if isinstance(value, torch.Tensor) and value.ndim > 0:
+        return list(torch.split(value, _BATCH))
+    if isinstance(value, (str, dict)) or not isinstance(value, Iterable):
+        raise _wrong(name, value, "batches, or a function that returns them", where)
+    return value
+
+
+def _repeatable(data: Iterable[Any] | None, where: str) -> Iterable[Any] | None:
+    if data is not None and iter(data) is data:
+        raise FxqError(
+            "eval_data can be read only once, but two networks are measured with it",
+            where=where,
+            hint="make it a list, a DataLoader, or a function that returns the batches",
+        )
+    return data
+
+
+class _Fresh:
+    """Batches from a function, which is called again each time they are read."""
+
+    def __init__(self, function: Callable[[], Any], name: str, where: str) -> None:
+        self._function, self._name, self._where = function, name, where
+
+    def __iter__(self) -> Iterator[Any]:
+        value = _called(self._function, f"{self._name}()", self._where)
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            return iter(torch.split(value, _BATCH))
+        if isinstance(value, (str, dict)) or not isinstance(value, Iterable):
+            raise _wrong(f"{self._name}()", value, "batches", self._where)
+        return iter(value)
+
+
+def _called(function: Callable[[], Any], shown: str, where: str) -> Any:
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise FxqError(
+            f"{shown} needs arguments: {error}",
+            where=where,
+            hint="it is called without any; give its arguments defaults, or wrap it",
+        ) from error
+    except ValueError:
+        pass  # a builtin without a signature
+    try:
+        return function()
+    except FxqError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _failure(error, where, f"{shown} fails") from error
+
+
+# ---- what is wrong, and where ------------------------------------------------------------------
+
+
+def _wrong(name: str, value: object, wanted: str, where: str, remark: str = "") -> FxqError:
+    return FxqError(
+        f"{name} is {_article(type(value).__name__)}, not {wanted}",
+        where=where,
+        hint=f"{remark}{CONVENTION}",
+    )
+
+
+def _article(word: str) -> str:
+    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"
+
+
+def _failure(error: BaseException, where: str, what: str) -> FxqError:
+    """The error for an exception of the user's code: its kind, its message and the user's line."""
+    kind = type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+        line = (error.text or "").strip()
+        place = f"{_shown_path(error.filename)}:{error.lineno}" + (f": {line}" if line else "")
+        return FxqError(
+            f"{where} {what}: {kind}: {error.msg}", where=place, hint="correct the line"
+        )
+    place = _user_place(error) or where
+    if isinstance(error, SystemExit):
+        return FxqError(
+            f"{where} {what}: it calls sys.exit()",
+            where=place,
+            hint='put what the script does under if __name__ == "__main__":',
+        )
+    first = (str(error).strip().splitlines() or [""])[0]
+    shown = f"{kind}: {first}" if first else kind
+    shown_what = what if what.endswith("fails") else f"{where} {what}"
+    return FxqError(f"{shown_what}: {shown}", where=place, hint=_remedy(error))
+
+
+def _remedy(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"install {error.name}, or run fxq where it can be imported"
+    return "this line is in the model's own code; fxq --traceback shows every frame"
+
+
+def _user_place(error: BaseException) -> str | None:
+    """File, line and text of the innermost frame that is the user's own code."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<")
+    ]
+    own = [frame for frame in frames if not _foreign(Path(frame.filename))]
+    if not own:
+        return None
+    frame = own[-1]
+    return f"{_shown_path(frame.filename)}:{frame.lineno} in {frame.name}: {frame.line}"
+
+
+def _foreign(file: Path) -> bool:
+    """Whether a file belongs to Python, to an installed package or to fxq."""
+    folders = (Path(inspect.__file__).parent, Path(__file__).parent)
+    return "site-packages" in file.parts or any(file.is_relative_to(f) for f in folders)
+
+
+def _shown_path(filename: str) -> str:
+    """The path as the user would type it: relative where the file is below the current folder."""
+    path = Path(filename)
+    with contextlib.suppress(ValueError, OSError):
+        return str(path.relative_to(Path.cwd()))
+    return filename
