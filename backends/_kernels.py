@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -59,12 +60,7 @@ def packing_for(engine: str) -> Iterator[None]:
 
 def wrap(codes: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
     """The same bytes, labelled with a scale and zero point; nothing is copied."""
-    labelled: torch.Tensor = torch._empty_affine_quantized(
-        [0], scale=scale, zero_point=zero_point, dtype=torch.quint8
-    )
-    return labelled.set_(
-        codes.untyped_storage(), codes.storage_offset(), codes.shape, codes.stride()
-    )
+    return relabel(codes, scale, zero_point)
 
 
 def unwrap(labelled: torch.Tensor) -> torch.Tensor:
@@ -77,12 +73,22 @@ def unwrap(labelled: torch.Tensor) -> torch.Tensor:
     )
 
 
+def relabel(labelled: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+    """The same bytes with another label; nothing is copied."""
+    other: torch.Tensor = torch._empty_affine_quantized(
+        [0], scale=scale, zero_point=zero_point, dtype=torch.quint8
+    )
+    return other.set_(
+        labelled.untyped_storage(),
+        labelled.storage_offset(),
+        labelled.shape,
+        labelled.stride(),
+    )
+
+
 def quantize(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
-    """Labelled codes of a float tensor; images come out channels-last."""
-    codes = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
-    if x.dim() == 4:
-        bytes_ = unwrap(codes).contiguous(memory_format=torch.channels_last)
-        return wrap(bytes_, scale, zero_point)
+    """Labelled codes of a float tensor, in its own memory layout; the first layer reorders best."""
+    codes: torch.Tensor = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
     return codes
 
 
@@ -127,6 +133,61 @@ class Conv:
         """Labelled output codes."""
         result: torch.Tensor = self.run(codes, self.packed, scale, zero_point)
         return result
+
+
+class AddingConv(Conv):
+    """A two-dimensional onednn convolution that adds another tensor before it rounds.
+
+    The arguments are those of `Conv`. It runs inside `adding_engine`.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor,
+        unit: torch.Tensor,
+        geometry: dict[str, Any],
+        relu: bool,
+    ) -> None:
+        super().__init__(weight, scale, bias, unit, geometry, relu, "onednn")
+        quantized = torch.ops.quantized
+        self.run = quantized.conv2d_add_relu if relu else quantized.conv2d_add
+
+    def add_to(
+        self, total: torch.Tensor, codes: torch.Tensor, scale: float, zero_point: int
+    ) -> torch.Tensor:
+        """Labelled codes of the sum of a tensor and the convolution; the tensor is overwritten."""
+        result: torch.Tensor = self.run(codes, total, self.packed, scale, zero_point)
+        return result
+
+
+class _AddingEngine:
+    """The global engine is onednn while any thread is inside, and what it was when all are out.
+
+    ``quantized.conv2d_add`` looks at the global setting when it runs.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = ""
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = torch.backends.quantized.engine
+                torch.backends.quantized.engine = "onednn"
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch.backends.quantized.engine = self._before
+
+
+adding_engine = _AddingEngine()
 
 
 class Linear:

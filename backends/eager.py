@@ -1,12 +1,12 @@
 """The eager backend: an ``nn.Module`` that runs an integer program on torch's int8 kernels.
 
-Values of 1 to 8 bits live in bytes. A byte saturates at 255 for free, so the codes ``0 .. top`` of
-fewer than 8 bits are kept at the upper end, ``255 - top .. 255``, wherever a fused ReLU bounds them
-from below; elsewhere one clamp bounds them.
+Values of 1 to 8 bits live in bytes; `_offsets` says where in the byte, so that most of them need no
+clamp. `_kernels` holds everything that touches quantized tensors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ from fxq.integer.reference import average_multiplier, call_float, float_callable
 from fxq.numerics.saturation import largest_pair_sum, pair_limit
 
 from . import _kernels as kernels
+from ._fusion import fuse_residual_adds, may_overwrite
+from ._offsets import byte_offsets
 
 if TYPE_CHECKING:
     from fxq.artifact import Artifact
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 
 Run = Callable[[dict[str, Any]], Any]
 
-_BOUNDED_BY_RELU = frozenset({"conv", "linear", "add"})
-_MOVES = frozenset({"max_pool", "pad", "reshape", "relu", "cat"})
+EXACT_LIMIT = 2**24
+"""Integers below this are exact in float32."""
 
 
 class EagerModule(nn.Module):
@@ -40,8 +42,8 @@ class EagerModule(nn.Module):
 
     Args:
         program: The program.
-        engine: ``x86`` (the faster of the two for each layer), ``fbgemm`` (equal to the integer
-            reference in every element) or ``onednn``.
+        engine: ``x86`` (the faster of the two for each layer, residual adds inside convolutions),
+            ``fbgemm`` (equal to the integer reference in every element) or ``onednn``.
 
     Raises:
         UnknownNameError: There is no such engine.
@@ -59,7 +61,10 @@ class EagerModule(nn.Module):
             )
         self.program = program
         self.engine = engine
-        self._steps = _Builder(self).steps()
+        builder = _Builder(program, engine)
+        self._steps = builder.steps()
+        adds = any(step.op == "conv_add" for step in builder.program)
+        self._engine: Any = kernels.adding_engine if adds else contextlib.nullcontext()
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """The output of the program.
@@ -68,7 +73,7 @@ class EagerModule(nn.Module):
             FxqError: An input has the wrong number of dimensions or of channels.
         """
         values: dict[str, Any] = dict(zip(self.program.inputs, inputs, strict=True))
-        with torch.no_grad():
+        with torch.no_grad(), self._engine:
             for name, run, finished in self._steps:
                 values[name] = run(values)
                 for other in finished:
@@ -78,15 +83,17 @@ class EagerModule(nn.Module):
     def registers(self, *inputs: torch.Tensor) -> dict[str, Any]:
         """Every register, codes as uint8 tensors ``0 .. top``, to compare with the reference."""
         values: dict[str, Any] = dict(zip(self.program.inputs, inputs, strict=True))
-        with torch.no_grad():
+        codes = dict(values)
+        builder = _Builder(self.program, self.engine)
+        with torch.no_grad(), self._engine:
             for name, run, _ in self._steps:
                 values[name] = run(values)
-        grids = self.program.grids()
-        offsets = _Builder(self).offsets
-        return {
-            name: value if grids.get(name) is None else _codes(value, offsets[name])
-            for name, value in values.items()
-        }
+                # Copied at once: a later step may write over this register's memory.
+                quantized = builder.grids.get(name) is not None
+                codes[name] = (
+                    _codes(values[name], builder.offsets[name]) if quantized else values[name]
+                )
+        return codes
 
     def extra_repr(self) -> str:
         """Engine and number of instructions."""
@@ -108,11 +115,12 @@ def _codes(value: Any, offset: int) -> Any:
 class _Builder:
     """Chooses kernels and byte offsets, and packs weights."""
 
-    def __init__(self, module: EagerModule) -> None:
-        self.module = module
-        self.program = module.program
+    def __init__(self, program: IntegerProgram, engine: str) -> None:
+        self.engine = engine
+        self.program = program
+        self.program = fuse_residual_adds(program, self._can_add)
         self.grids = self.program.grids()
-        self.offsets = byte_offsets(self.program, shift=self._may_shift())
+        self.offsets = byte_offsets(self.program, self._tolerates_zero_point)
 
     def steps(self) -> list[tuple[str, Run, tuple[str, ...]]]:
         """Each instruction as a function of the registers, and the registers it is the last to read."""
@@ -145,20 +153,31 @@ class _Builder:
 
     def engine_for(self, step: Instruction) -> str:
         """The kernel library of a layer."""
-        if self.module.engine == "onednn":
+        if self.engine == "onednn":
             return "onednn"
         weight = self.program.tensor(step, "weight")
         depthwise = step.op == "conv" and step.attributes["groups"] == weight.shape[0] > 1
         if depthwise and int(largest_pair_sum(weight.flatten(1)).max()) > pair_limit(255):
             return "onednn"  # fbgemm's depthwise kernels would saturate
-        if self.module.engine == "fbgemm" or "onednn" not in kernels.supported_engines():
+        if self.engine == "fbgemm" or "onednn" not in kernels.supported_engines():
             return "fbgemm"
         return "onednn" if kernels.is_exact("onednn") else "fbgemm"
 
-    def _may_shift(self) -> bool:
-        """Whether this engine multiplies bytes up to 255 exactly, so that codes may be kept there."""
-        engines = ("fbgemm", "onednn") if self.module.engine == "x86" else (self.module.engine,)
-        return all(kernels.is_exact(e) for e in engines if e in kernels.supported_engines())
+    def _can_add(self, step: Instruction) -> bool:
+        """Whether the kernel of a convolution can add a tensor before it rounds."""
+        return self.engine_for(step) == "onednn" and len(step.attributes["stride"]) == 2
+
+    def _tolerates_zero_point(self, step: Instruction) -> bool:
+        """Whether an instruction reads bytes with any zero point exactly and at full speed."""
+        if step.op not in ("conv", "conv_add", "linear"):
+            return True
+        engine = self.engine_for(step)
+        if not kernels.is_exact(engine):
+            return False  # kernels that saturate in 16 bits must see small bytes
+        return engine == "fbgemm" or self._pads_nothing(step)
+
+    def _pads_nothing(self, step: Instruction) -> bool:
+        return step.op == "linear" or not any(step.attributes["padding"])
 
     # ---- one builder per instruction ---------------------------------------------------------
 
@@ -195,15 +214,55 @@ class _Builder:
         }
 
     def conv(self, step: Instruction) -> Run:
-        kernel = kernels.Conv(
-            **self._layer_tensors(step),
-            geometry=step.attributes,
-            relu=step.attributes["relu"],
-            engine=self.engine_for(step),
-        )
+        engine, tensors = self.engine_for(step), self._layer_tensors(step)
         source = step.inputs[0]
+        input_scale, input_zero = self.label(source)
+        folded = engine == "onednn" and self._fold_zero_point(step, tensors, input_zero)
+        kernel = kernels.Conv(
+            **tensors, geometry=step.attributes, relu=step.attributes["relu"], engine=engine
+        )
         scale, zero_point = self.label(step.name)
-        return self.bounded(step, lambda values: kernel(values[source], scale, zero_point))
+        if not folded:
+            return self.bounded(step, lambda values: kernel(values[source], scale, zero_point))
+
+        def run(values: dict[str, Any]) -> torch.Tensor:
+            return kernel(kernels.relabel(values[source], input_scale, 0), scale, zero_point)
+
+        return self.bounded(step, run)
+
+    def _fold_zero_point(
+        self, step: Instruction, tensors: dict[str, torch.Tensor], zero_point: int
+    ) -> bool:
+        """Move ``sum((q - z) w) = sum(q w) - z sum(w)`` into the bias, where nothing is padded.
+
+        onednn convolutions are up to twice as slow where the zero point of the input is not zero.
+        """
+        if zero_point == 0 or not self._pads_nothing(step):
+            return False
+        weight = tensors["weight"].flatten(1).long()
+        if int(weight.abs().sum(1).max()) * 255 >= EXACT_LIMIT:
+            return False
+        tensors["bias"] = tensors["bias"].long() - zero_point * weight.sum(1)
+        return True
+
+    def conv_add(self, step: Instruction) -> Run:
+        tensors, relu = self._layer_tensors(step), step.attributes["relu"]
+        source, addend = step.inputs
+        input_scale, input_zero = self.label(source)
+        folded = self._fold_zero_point(step, tensors, input_zero)
+        read = (input_scale, 0)
+        kernel = kernels.AddingConv(**tensors, geometry=step.attributes, relu=relu)
+        overwrite = may_overwrite(self.program, step)
+        target = self.label(step.name)
+
+        scale, zero_point = self.label(step.name)
+
+        def run(values: dict[str, Any]) -> torch.Tensor:
+            total = values[addend] if overwrite else values[addend].clone()
+            codes = kernels.relabel(values[source], *read) if folded else values[source]
+            return kernel.add_to(total, codes, scale, zero_point)
+
+        return self.bounded(step, run)
 
     def linear(self, step: Instruction) -> Run:
         source = step.inputs[0]
@@ -233,11 +292,15 @@ class _Builder:
         keep, low = step.attributes["keepdim"], self.offsets[step.name]
         top = grid.top + low
 
+        multipliers: dict[int, float] = {}
+
         def run(values: dict[str, Any]) -> torch.Tensor:
             codes = kernels.unwrap(values[source])
             count = codes.shape[2] * codes.shape[3]
-            total = codes.sum((2, 3), keepdim=keep, dtype=torch.int32) - count * centre
-            mean = total.float() * average_multiplier(input_grid, grid, count)
+            if count not in multipliers:
+                multipliers[count] = float(average_multiplier(input_grid, grid, count))
+            total = codes.sum((2, 3), keepdim=keep, dtype=torch.int32).sub_(count * centre)
+            mean = total.to(torch.float32).mul_(multipliers[count])
             rounded = mean.round_().add_(zero_point).clamp_(low, top)
             return kernels.wrap(rounded.to(torch.uint8), scale, zero_point)
 
@@ -315,6 +378,7 @@ _BUILDERS: dict[str, Callable[[_Builder, Instruction], Run]] = {
     "dequantize": _Builder.dequantize,
     "requantize": _Builder.requantize,
     "conv": _Builder.conv,
+    "conv_add": _Builder.conv_add,
     "linear": _Builder.linear,
     "add": _Builder.add,
     "global_avg_pool": _Builder.global_avg_pool,
@@ -327,50 +391,6 @@ _BUILDERS: dict[str, Callable[[_Builder, Instruction], Run]] = {
     "float": _Builder.float,
     "module": _Builder.float,
 }
-
-
-def byte_offsets(program: IntegerProgram, shift: bool) -> dict[str, int]:
-    """By how much the byte of each register exceeds its code.
-
-    Args:
-        program: The program.
-        shift: Whether codes may be kept at the upper end of the byte. Kernels that saturate in 16
-            bits must see small bytes instead.
-    """
-    grids = program.grids()
-    offsets = {step.name: _own_offset(step, shift) for step in program}
-    while True:
-        for step in program:
-            if step.op in _MOVES:
-                offsets[step.name] = offsets[step.inputs[0]]
-        clash = _clash(program, offsets)
-        if clash is None:
-            return {name: offset for name, offset in offsets.items() if grids[name] is not None}
-        for name in clash:
-            offsets[name] = 0
-
-
-def _own_offset(step: Instruction, shift: bool) -> int:
-    bounded = step.op in _BOUNDED_BY_RELU and step.attributes.get("relu")
-    if step.grid is None or not shift or not bounded or step.grid.zero_point != 0:
-        return 0
-    return 255 - step.grid.top
-
-
-def _clash(program: IntegerProgram, offsets: dict[str, int]) -> list[str] | None:
-    """The computing registers behind a concatenation whose branches differ in offset."""
-    producers = {step.name: step for step in program}
-    for step in program:
-        if step.op == "cat" and len({offsets[name] for name in step.inputs}) > 1:
-            pending, found = list(step.inputs), []
-            while pending:
-                source = producers[pending.pop()]
-                if source.op in _MOVES:
-                    pending += source.inputs
-                else:
-                    found.append(source.name)
-            return found
-    return None
 
 
 def _last_reads(program: IntegerProgram) -> dict[str, tuple[str, ...]]:

@@ -41,7 +41,7 @@ class Request:
     engine: Engine | None = None
     weights: Path | None = None
     input_shape: tuple[int, ...] | None = None
-    calibration: str = "random"
+    calibration: str | None = None
     images: int = 32
     model: str | None = None
     seed: int = 0
@@ -175,9 +175,15 @@ def _of_run(request: Request) -> tuple[tuple[int, ...], list[Contender]]:
     subject = None
     if {FLOAT, TORCH_AO} & set(request.against):
         subject = _original(request, about)
-    engine = request.engine or Engine(str(artifact.metadata.get("engine", "x86")))
+    engine = request.engine or _engine_of(artifact)
     own = [Contender(_label(request.name), artifact.module)]
     return shape, own + _peers(request, subject, engine)
+
+
+def _engine_of(artifact: Any) -> Engine:
+    """The engine a run was compiled for; x86 where its backend has none."""
+    name = artifact.metadata.get("engine")
+    return Engine(name) if name in list(Engine) else Engine.X86
 
 
 def _label(run: str) -> str:
@@ -234,15 +240,16 @@ def _of_model(request: Request) -> tuple[tuple[int, ...], list[Contender]]:
 
 def calibration_batches(request: Request, subject: Subject) -> tuple[str, list[Any]]:
     """Where the calibration batches come from, and the batches in memory, the same for everyone."""
-    from .load import calibration_of
+    from .load import RANDOM, calibration_of
 
     if len(subject.model.example_inputs) != 1 or len(subject.shape) < 2:
         raise FxqError(
             "fxq bench needs a network with one tensor as its input", where=subject.model.spec
         )
+    brings_own = subject.builtin or subject.model.calibration_data is not None
     data = calibration_of(
         subject,
-        request.calibration,
+        request.calibration or (None if brings_own else RANDOM),
         images=request.images,
         batch_size=request.batch,
         seed=request.seed,

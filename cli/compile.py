@@ -131,6 +131,13 @@ def check_output(folder: Path, *, force: bool) -> None:
     """
     from fxq.artifact import check_writable
 
+    here = Path.cwd()
+    if folder.resolve() in (here, *here.parents):
+        raise ArtifactError(
+            "the output folder is the current folder, or holds it",
+            where=str(folder),
+            hint="name a folder below the current one, for example -o runs/mine",
+        )
     try:
         check_writable(folder, force=force)
         parent = next(place for place in folder.absolute().parents if place.exists())

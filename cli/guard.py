@@ -26,6 +26,7 @@ DONE, DEFECT, REFUSED, INTERRUPTED = 0, 1, 2, 130
 _DISK = {
     errno.ENOSPC: "free some space, or choose another folder with --output",
     errno.EDQUOT: "free some space, or choose another folder with --output",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EACCES: "choose a folder you may write with --output, or change the permissions",
     errno.EPERM: "choose a folder you may write with --output, or change the permissions",
     errno.EROFS: "the file system is read-only; choose another folder with --output",
@@ -84,6 +85,11 @@ def _as_problem(error: BaseException) -> FxqError | None:
             f"a file cannot be written or read: {error.strerror}",
             where=error.filename and str(error.filename),
             hint=_DISK[error.errno],
+        )
+    if type(error).__name__ == "SafetensorError":  # its own kind, whatever the disk says
+        return ArtifactError(
+            f"the weights cannot be written or read: {error}",
+            hint="check the free space and the permissions; nothing was changed",
         )
     if isinstance(error, MemoryError) or "not enough memory" in str(error):
         return FxqError("there is not enough memory", hint="take a smaller --batch-size")

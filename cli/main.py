@@ -261,8 +261,15 @@ def bench_command(
     engine: opt.EngineOption = None,
     weights: opt.Weights = None,
     calibration: Annotated[
-        str, typer.Option("--calibration", "-c", metavar="DATA", help="What MODEL is calibrated on")
-    ] = "random",
+        str | None,
+        typer.Option(
+            "--calibration",
+            "-c",
+            metavar="DATA",
+            show_default=False,
+            help="What MODEL is calibrated on: its own data, or `random`, if not given",
+        ),
+    ] = None,
     images: Annotated[
         int, typer.Option("--images", "-n", min=1, help="Images to calibrate on")
     ] = 32,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -167,7 +168,15 @@ def _count(module: nn.Module, batch: Any) -> tuple[int, int]:
         )
     *inputs, labels = batch
     labels = torch.as_tensor(labels)
-    logits = module(*inputs)
+    try:
+        logits = module(*inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = ", ".join(str(list(getattr(one, "shape", ()))) for one in inputs)
+        raise DataError(
+            f"the network fails on a batch of eval_data: {str(error).partition(chr(10))[0]}",
+            where=f"inputs of shape {shapes}",
+            hint="yield (inputs, labels) as the network takes them",
+        ) from error
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != labels.numel():
         raise DataError(
             "the network does not give one row of logits per label",
@@ -180,7 +189,9 @@ def _own_measure(
     evaluate: Callable[[nn.Module], Any],
 ) -> Callable[[nn.Module, Progress | None], Score]:
     def measure(module: nn.Module, progress: Progress | None = None) -> Score:
-        with evaluating(module):
+        import torch
+
+        with torch.no_grad(), evaluating(module):
             return _as_score(evaluate(module))
 
     return measure
@@ -189,7 +200,9 @@ def _own_measure(
 def _as_score(value: Any) -> Score:
     values = value if isinstance(value, Mapping) else {"score": value}
     try:
-        numbers = {str(name): float(one) for name, one in values.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a value may still be part of a graph
+            numbers = {str(name): float(one) for name, one in values.items()}
     except (TypeError, ValueError) as error:
         raise FxqError(
             f"evaluate() returned a {type(value).__name__}",

@@ -13,7 +13,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -107,7 +107,7 @@ def _entry(spec: str) -> ZooEntry:
         return find_network(spec)
     except UnknownNameError as error:
         place = Path(spec)
-        if place.with_suffix(".py").is_file():
+        if place.name and place.with_suffix(".py").is_file():
             error.hint = f"did you mean {place.with_suffix('.py')}?"
         elif place.is_dir():
             error.hint = "a folder is no network; name a model.py, or a network of `fxq models`"
@@ -206,8 +206,20 @@ def _assembled(
         example_inputs=example or _example(namespace, where),
         calibration_data=_batches(namespace, "calibration_data", where),
         eval_data=_repeatable(_batches(namespace, "eval_data", where), where),
-        evaluate=evaluate,
+        evaluate=None if evaluate is None else _measure(evaluate, where),
     )
+
+
+def _measure(evaluate: Callable[[nn.Module], Any], where: str) -> Callable[[nn.Module], Any]:
+    def measure(module: nn.Module) -> Any:
+        try:
+            return evaluate(module)
+        except FxqError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise _failure(error, where, "evaluate() fails") from error
+
+    return measure
 
 
 def _network(namespace: ModuleType, name: str, where: str) -> nn.Module:
@@ -247,7 +259,15 @@ def _batches(namespace: ModuleType, name: str, where: str) -> Iterable[Any] | No
     if value is None:
         return None
     if callable(value) and not isinstance(value, Iterable):
-        return _Fresh(value, name, where)
+        return _Batches(lambda: _as_batches(_called(value, f"{name}()", where), name, where), where)
+    source = _as_batches(value, name, where)
+    if isinstance(source, (list, tuple)) or iter(source) is source:
+        return source
+    return (_SizedBatches if isinstance(source, Sized) else _Batches)(lambda: source, where)
+
+
+def _as_batches(value: Any, name: str, where: str) -> Iterable[Any]:
+    """Anything that can be iterated; one long tensor is cut into batches."""
     if isinstance(value, torch.Tensor) and value.ndim > 0:
         return list(torch.split(value, _BATCH))
     if isinstance(value, (str, dict)) or not isinstance(value, Iterable):
@@ -265,19 +285,26 @@ def _repeatable(data: Iterable[Any] | None, where: str) -> Iterable[Any] | None:
     return data
 
 
-class _Fresh:
-    """Batches from a function, which is called again each time they are read."""
+class _Batches:
+    """The user's batches, whose failures are told as theirs; a function is called each time."""
 
-    def __init__(self, function: Callable[[], Any], name: str, where: str) -> None:
-        self._function, self._name, self._where = function, name, where
+    def __init__(self, source: Callable[[], Iterable[Any]], where: str) -> None:
+        self._source, self._where = source, where
 
     def __iter__(self) -> Iterator[Any]:
-        value = _called(self._function, f"{self._name}()", self._where)
-        if isinstance(value, torch.Tensor) and value.ndim > 0:
-            return iter(torch.split(value, _BATCH))
-        if isinstance(value, (str, dict)) or not isinstance(value, Iterable):
-            raise _wrong(f"{self._name}()", value, "batches", self._where)
-        return iter(value)
+        try:
+            yield from self._source()
+        except FxqError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise _failure(error, self._where, "reading its batches fails") from error
+
+
+class _SizedBatches(_Batches):
+    """Batches that are counted, so that progress can be shown."""
+
+    def __len__(self) -> int:
+        return len(self._source())  # type: ignore[arg-type]
 
 
 def _called(function: Callable[[], Any], shown: str, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""`Pass` and `Pipeline`: ordered passes over a program, each step recorded, verified and measured."""
+"""`Pass` and `Pipeline`: passes in order over a program, each recorded, verified and measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ import torch
 from torch import fx
 
 from fxq.contracts import Contract, check_contract, output_sqnr
-from fxq.errors import FxqError, PassError, RequirementError
+from fxq.errors import (
+    CalibrationError,
+    ContractError,
+    FxqError,
+    PassError,
+    RecipeError,
+    RequirementError,
+    VerifyError,
+)
 from fxq.graph.program import Program, recompile
 from fxq.graph.rewrite import Editor, Miss, neighbourhood
 from fxq.graph.verify import verify
@@ -58,7 +66,7 @@ class Pass(ABC):
 
 @dataclass(frozen=True)
 class RulePass(Pass):
-    """A pass made of rules, each tried on every node: it rewrites, refuses with a reason, or passes.
+    """A pass made of rules, each tried on every node: a hit, a refusal with a reason, or neither.
 
     Attributes:
         rules: Functions ``(program, edit, node) -> bool | Miss | None``: True for a hit, `Miss`
@@ -95,6 +103,12 @@ class Pipeline:
     """
 
     def __init__(self, *passes: Pass, check: bool = True) -> None:
+        for one in passes:
+            if not isinstance(one, Pass):
+                raise RecipeError(
+                    f"a pipeline takes passes, not {one!r}",
+                    hint=f"write {one.__name__}()" if isinstance(one, type) else None,
+                )
         self.passes = passes
         self.check = check
 
@@ -103,9 +117,7 @@ class Pipeline:
         """The names of the passes, in order."""
         return tuple(one.name for one in self.passes)
 
-    def run(
-        self, program: Program, on_step: Callable[[Step], None] | None = None
-    ) -> Journal:
+    def run(self, program: Program, on_step: Callable[[Step], None] | None = None) -> Journal:
         """The program has been through every pass; the journal says what each did.
 
         Args:
@@ -114,6 +126,7 @@ class Pipeline:
 
         Raises:
             RequirementError: A pass comes before one it needs.
+            CalibrationError: The model fails on the probe batch.
             ContractError: A pass broke its promise.
             VerifyError: A pass broke an invariant of the graph.
             PassError: A pass failed; the error names the node and the passes that had run.
@@ -151,13 +164,11 @@ class Pipeline:
         start = time.perf_counter()
         self._apply(one, program, edit)
         seconds = time.perf_counter() - start
-        recompile(program)
-        verify(program)
+        self._check_graph(one, program)
         output = self._probe(one, program)
         sqnr = total = None
         if self.check:
-            check_contract(one.name, one.promise, previous, output)
-            sqnr, total = output_sqnr(previous, output), output_sqnr(original, output)
+            sqnr, total = _cost(one, program, original, previous, output)
         step = Step(
             name=one.name,
             options=one.options(),
@@ -193,8 +204,48 @@ class Pipeline:
                 passes_run=program.passes_run,
             ) from error
 
+    def _check_graph(self, one: Pass, program: Program) -> None:
+        try:
+            recompile(program)
+            verify(program)
+        except VerifyError as error:
+            error.where = f"{one.name}, {error.where}" if error.where else one.name
+            raise
+        except (RuntimeError, ValueError, AttributeError) as error:
+            raise VerifyError(
+                f"graph-lints: {error}", where=one.name, hint="this is a defect of the pass"
+            ) from error
+
     def _probe(self, one: Pass | None, program: Program) -> Any:
         if not self.check:
             return None
-        return program.run(*program.probe) if one is None else one.probe(program)
+        try:
+            return program.run(*program.probe) if one is None else one.probe(program)
+        except FxqError:
+            raise
+        except Exception as error:
+            if one is None:
+                raise CalibrationError(
+                    f"the model fails on the probe batch: {error}",
+                    where=f"shapes {[list(getattr(x, 'shape', ())) for x in program.probe]}",
+                    hint="calibration batches must look like the example, batch size apart",
+                ) from error
+            raise PassError(
+                f"{one.name} left a graph that fails on the probe batch: {error}",
+                where=f"{one.name}, after {', '.join(program.passes_run) or 'no pass'}",
+                hint="this is a defect of the pass; leave it out of the recipe and report it",
+                passes_run=program.passes_run,
+            ) from error
 
+
+def _cost(
+    one: Pass, program: Program, original: Any, previous: Any, output: Any
+) -> tuple[float, float]:
+    """The signal-to-noise ratios against the step before and the model, the contract being kept."""
+    try:
+        check_contract(one.name, one.promise, previous, output)
+        return output_sqnr(previous, output), output_sqnr(original, output)
+    except ContractError as error:
+        error.where = error.where or one.name
+        error.passes_run = tuple(program.passes_run)
+        raise

@@ -52,7 +52,7 @@ class Recipe:
 
         Raises:
             UnknownNameError: There is no built-in recipe of that name.
-            RecipeError: The file is missing, is not TOML, or asks for something that does not exist.
+            RecipeError: The file is missing, is not TOML, or asks for what does not exist.
 
         Example:
             >>> Recipe.load("minmax-int8").passes[0].name
@@ -171,7 +171,9 @@ def option_types(pass_type: type[Pass]) -> dict[str, Any]:
 
 def option_defaults(pass_type: type[Pass]) -> dict[str, Any]:
     """The options of a pass and their defaults."""
-    return {item.name: None if item.default is MISSING else item.default for item in fields(pass_type)}
+    return {
+        item.name: None if item.default is MISSING else item.default for item in fields(pass_type)
+    }
 
 
 def convert_option(value: Any, wanted: Any, name: str, where: str) -> Any:
@@ -180,7 +182,8 @@ def convert_option(value: Any, wanted: Any, name: str, where: str) -> Any:
     Raises:
         RecipeError: It is not of that type.
     """
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    unions = (types.UnionType, typing.Union)
+    options = typing.get_args(wanted) if typing.get_origin(wanted) in unions else (wanted,)
     for option in options:
         converted = _converted(value, option)
         if converted is not _WRONG:
@@ -243,9 +246,7 @@ def _pass_from(entry: Any, where: str) -> Pass:
     return _configured(pass_type, options, where)
 
 
-def _layers_from(
-    data: Any, passes: Sequence[Pass], where: str
-) -> tuple[LayerOverride, ...]:
+def _layers_from(data: Any, passes: Sequence[Pass], where: str) -> tuple[LayerOverride, ...]:
     if not isinstance(data, dict):
         raise RecipeError('overrides are written [layer."GLOB"]', where=where)
     types_by_name: dict[str, Any] = {"skip": bool}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import zlib
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fxq.errors import FxqError, UnknownNameError
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 
 WINGS = ("passes", "backends", "models_zoo")
 
-_plugins: dict[str, list[Any]] = {wing: [] for wing in WINGS}
+_plugins: dict[Path, list[tuple[str, Any]]] = {}
+"""Wing and offer of everything in the plugin files that were loaded, by file."""
 
 
 def catalog(wing: str) -> dict[str, Any]:
@@ -29,24 +32,29 @@ def catalog(wing: str) -> dict[str, Any]:
         wing: ``passes``, ``backends`` or ``models_zoo``.
 
     Raises:
-        FxqError: Two offers have the same name, or a plugin cannot be imported.
+        FxqError: Two offers have the same name, one has none, or a plugin cannot be imported.
     """
     offers: dict[str, Any] = {}
-    sources: list[tuple[str, Iterable[Any]]] = [
-        ("fxq", importlib.import_module(f"fxq.{wing}").CATALOG),
-        *_entry_points(wing),
-        ("--plugin", _plugins[wing]),
+    files = [
+        (str(path), [item for home, item in items if home == wing])
+        for path, items in _plugins.items()
     ]
-    for source, items in sources:
+    ours = ("fxq", importlib.import_module(f"fxq.{wing}").CATALOG)
+    for source, items in (ours, *_entry_points(wing), *files):
         for item in items:
-            if item.name in offers and offers[item.name] is not item:
+            name = _name_of(item, source)
+            if offers.setdefault(name, item) is not item:
                 raise FxqError(
-                    f"two {wing} are named {item.name!r}",
-                    where=source,
-                    hint="rename one of them",
+                    f"two {wing} are named {name!r}", where=source, hint="rename one of them"
                 )
-            offers[item.name] = item
     return offers
+
+
+def _name_of(item: Any, source: str) -> str:
+    name = getattr(item, "name", None)
+    if not isinstance(name, str) or not name:
+        raise FxqError(f"{item!r} has no name", where=source, hint='give it name = "my-name"')
+    return name
 
 
 def _entry_points(wing: str) -> list[tuple[str, Iterable[Any]]]:
@@ -96,14 +104,38 @@ def _find(wing: str, kind: str, name: str) -> Any:
 
 
 def load_plugin(path: Path) -> None:
-    """The ``CATALOG`` of a Python file is registered: passes, backends and zoo entries by their kind.
+    """The ``CATALOG`` of a Python file is registered: passes, backends and networks by their kind.
+
+    Loading a file again replaces what it offered before.
 
     Raises:
-        FxqError: The file is missing, fails to import or has no ``CATALOG``.
+        FxqError: The file is missing, fails to import, has no ``CATALOG``, or offers something
+            without a name or with a name that is taken. Nothing of it is registered then.
     """
     if not path.is_file():
         raise FxqError("there is no such plugin file", where=str(path), hint="give a .py file")
-    name = f"fxq_plugin_{path.stem}"
+    items = getattr(_executed(path), "CATALOG", None)
+    if not isinstance(items, (tuple, list)):
+        raise FxqError(
+            "the plugin has no CATALOG tuple",
+            where=str(path),
+            hint="end the file with CATALOG = (MyPass,)",
+        )
+    offers = [(_wing_of(item, path), item) for item in items]
+    before = dict(_plugins)
+    _plugins[path.resolve()] = offers
+    try:
+        for wing in {wing for wing, _ in offers}:
+            catalog(wing)
+    except FxqError:
+        _plugins.clear()
+        _plugins.update(before)
+        raise
+
+
+def _executed(path: Path) -> ModuleType:
+    """The module of a file, under a name that no other file has."""
+    name = f"fxq_plugin_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise FxqError("a plugin must be a Python file", where=str(path), hint="name it *.py")
@@ -112,26 +144,22 @@ def load_plugin(path: Path) -> None:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[name]
         raise FxqError(f"the plugin fails to import: {error}", where=str(path)) from error
-    if not isinstance(getattr(module, "CATALOG", None), (tuple, list)):
-        raise FxqError(
-            "the plugin has no CATALOG tuple",
-            where=str(path),
-            hint="end the file with CATALOG = (MyPass,)",
-        )
-    for item in module.CATALOG:
-        _plugins[_wing_of(item, path)].append(item)
+    return module
 
 
 def _wing_of(item: Any, path: Path) -> str:
-    if isinstance(item, type) and hasattr(item, "apply"):
+    from fxq.pipeline import Pass
+
+    if isinstance(item, type) and issubclass(item, Pass):
         return "passes"
-    if hasattr(item, "lower"):
+    if hasattr(item, "lower") and not isinstance(item, (type, str)):
         return "backends"
-    if hasattr(item, "build"):
+    if hasattr(item, "build") and not isinstance(item, type):
         return "models_zoo"
     raise FxqError(
         f"{item!r} in CATALOG is neither a pass, a backend nor a network",
         where=str(path),
-        hint="passes have apply(), backends lower(), networks build()",
+        hint="list classes derived from fxq.Pass, and objects with lower() or build()",
     )

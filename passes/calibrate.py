@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,7 +27,8 @@ class Calibrate(Pass):
     """Every observer holds the statistics of the calibration batches, merged over all ranks.
 
     Batches are streamed, so memory does not depend on their number; only the first few images stay
-    with the program, for passes that compare float and integers. A batch is a tensor, a tuple of arguments, or ``(inputs, labels)``; what the model does not take is left out.
+    with the program, for passes that compare float and integers. A batch is a tensor, a tuple of
+    arguments, or ``(inputs, labels)``; what the model does not take is left out.
 
     Args:
         batches: How many batches to read at most; 0 reads all.
@@ -46,15 +48,17 @@ class Calibrate(Pass):
         if program.calibration is None:
             raise CalibrationError("there is no calibration data", hint=_NO_DATA)
         observers = [m for m in program.module.modules() if isinstance(m, Observer)]
+        source = batches_of(program, program.calibration)
+        total = self._total(program.calibration)
         count = images = 0
         _enable(observers, True)
         try:
-            for inputs in self._limited(batches_of(program, program.calibration)):
+            for inputs in itertools.islice(source, self.batches or None):
                 _run(program, inputs, count)
                 _keep(program, inputs)
                 count += 1
                 images += _batch_size(inputs)
-                program.report_progress("calibrate", count, _length(program.calibration))
+                program.report_progress("calibrate", count, total)
         finally:
             _enable(observers, False)
         if count == 0:
@@ -63,11 +67,9 @@ class Calibrate(Pass):
             observer.all_reduce_()
         edit.note(f"{count} batches, {images} images, {len(observers)} observers")
 
-    def _limited(self, batches: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-        for position, inputs in enumerate(batches):
-            if self.batches and position >= self.batches:
-                return
-            yield inputs
+    def _total(self, source: Iterable[Any]) -> int | None:
+        limits = [count for count in (_length(source), self.batches) if count]
+        return min(limits, default=None)
 
 
 def batches_of(program: Program, source: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
@@ -117,13 +119,15 @@ def _elements(inputs: tuple[Any, ...]) -> int:
 
 
 def _first(value: Any, count: int) -> Any:
-    return value[:count] if isinstance(value, torch.Tensor) and value.dim() else value
+    return value[:count].clone() if isinstance(value, torch.Tensor) and value.dim() else value
 
 
 def _check_finite(value: torch.Tensor, position: int) -> None:
     if value.numel() == 0:
         raise CalibrationError(
-            "a calibration batch is empty", where=f"batch {position}, shape {list(value.shape)}"
+            "a calibration batch is empty",
+            where=f"batch {position}, shape {list(value.shape)}",
+            hint="leave empty batches out",
         )
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise CalibrationError(

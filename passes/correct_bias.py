@@ -89,8 +89,13 @@ class _SideBySide(fx.Interpreter):
         reference = (
             _first(_side(args, "float"))
             if isinstance(module, ActivationQuantizer)
-            else self._call(n, module.layer if isinstance(module, QuantizedLayer) else None, args,
-                            kwargs, "float")
+            else self._call(
+                n,
+                module.layer if isinstance(module, QuantizedLayer) else None,
+                args,
+                kwargs,
+                "float",
+            )
         )
         quantized = self._call(n, None, args, kwargs, "quantized")
         if isinstance(module, QuantizedLayer) and str(n.target) not in self._shared:

@@ -177,6 +177,6 @@ def _through(layer: Any, weight: torch.Tensor, shift: torch.Tensor) -> torch.Ten
 
 
 def _retune(layer: Any, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    dtype = layer.weight.dtype
-    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    dtype, trained = layer.weight.dtype, layer.weight.requires_grad
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=trained)
+    layer.bias = nn.Parameter(bias.to(dtype), requires_grad=trained)

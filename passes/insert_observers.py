@@ -75,7 +75,8 @@ class InsertObservers(Pass):
         for source in dict.fromkeys(regions.ops[cat].inputs):
             if not shared.shares(regions.carrier(source), cat):
                 observer = shared.observer(cat, self._observer)
-                self._observe(edit, source, observer, lambda user: user is cat, _read_by(cat, source))
+                point = _read_by(cat, source)
+                self._observe(edit, source, observer, lambda user: user is cat, point)
 
     def _observe(
         self,
@@ -94,9 +95,14 @@ class InsertObservers(Pass):
     def _observer(self, node: fx.Node) -> Observer:
         shape = facts(node).shape or ()
         channels = shape[1] if self.per_channel and len(shape) == 4 else None
-        if self.statistics is Statistics.HISTOGRAM:
-            return HistogramObserver(channels)
-        return RangeObserver(channels, self.momentum or None)
+        histogram = self.statistics is Statistics.HISTOGRAM
+        observer: Observer = (
+            HistogramObserver(channels)
+            if histogram
+            else RangeObserver(channels, self.momentum or None)
+        )
+        observer.enabled = False  # until calibrate; what probes a contract is no calibration data
+        return observer
 
 
 def _read_by(cat: fx.Node, source: fx.Node) -> fx.Node:
@@ -126,7 +132,7 @@ class _SharedScales:
             if regions.kind(node) is Kind.CAT and regions.is_integer(node):
                 for source in regions.ops[node].inputs:
                     carrier = regions.carrier(source)
-                    if self._only_concatenated(carrier):
+                    if self._only_concatenated(carrier) and not self.shares(carrier, node):
                         self._parent[self._root(carrier)] = self._root(node)
 
     def shares(self, carrier: fx.Node, cat: fx.Node) -> bool:

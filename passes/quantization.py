@@ -1,8 +1,8 @@
 """What quantize passes share: observers become quantizers, float layers become integer layers.
 
 Placement, stated once. The bits of a pass apply to what convolutions and linears multiply: their
-weights and their inputs. The first layer and the last keep ``first_last_bits`` for both. Values that
-only residual adds and pools read are sums on their way to the next quantizer, and keep
+weights and their inputs. The first layer and the last keep ``first_last_bits`` for both. Values
+that only residual adds and pools read are sums on their way to the next quantizer, and keep
 ``addend_bits``; so a 4-bit network has 4-bit multiplications and 8-bit residual sums.
 """
 
@@ -16,16 +16,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import fx, nn
 
-from fxq.errors import CalibrationError
+from fxq.errors import CalibrationError, SpecError
 from fxq.graph.ops import ANCHORS, PASS_THROUGH, Kind
-from fxq.graph.program import Program, facts
+from fxq.graph.program import Program, facts, layer_path
 from fxq.graph.regions import Regions
 from fxq.graph.rewrite import Editor
-from fxq.numerics.affine import grid_from_range
+from fxq.numerics.affine import grid_from_range, short_scale
 from fxq.numerics.saturation import largest_pair_sum, pair_limit
 from fxq.pipeline import Pass
 from fxq.quant.observers import Observer
-from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer, check_bits, from_rows, rows
+from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer, from_rows, rows
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,33 @@ class Quantization(Pass):
 
     def apply(self, program: Program, edit: Editor) -> None:
         """Quantizers are in place and layers hold integers."""
-        for bits in (self.weight_bits, self.activation_bits, self.addend_bits):
-            check_bits(bits)
+        self.check_options()
         regions = Regions(program)
         edges: set[fx.Node] = set().union(*regions.first_and_last())
         places = self._places(program, regions, edges)
         self._quantize_layers(program, edit, regions, edges)
         self._quantize_values(program, edit, places)
 
+    def check_options(self, where: str = "") -> None:
+        """Every number of bits is one there are containers for.
+
+        Raises:
+            SpecError: One is not; the error names the option and, for an override, the layer.
+        """
+        lowest = {"weight_bits": 2, "activation_bits": 1, "addend_bits": 1, "first_last_bits": 0}
+        for name, low in lowest.items():
+            bits = getattr(self, name)
+            if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= 8:
+                raise SpecError(
+                    f"{name} must be {low} to 8, not {bits!r}", where=where or self.name
+                )
+
     def for_layer(self, program: Program, node: fx.Node, edges: set[fx.Node]) -> Self:
-        """This pass with the options that hold for one layer."""
+        """This pass with the options that hold for one layer.
+
+        Raises:
+            SpecError: An override asks for impossible bits.
+        """
         options = dict(program.layer_options(node))
         options.pop("skip", None)
         names = set(self.options())
@@ -118,13 +135,13 @@ class Quantization(Pass):
         if node in edges and self.first_last_bits:
             chosen.setdefault("weight_bits", max(self.first_last_bits, self.weight_bits))
             chosen.setdefault("activation_bits", max(self.first_last_bits, self.activation_bits))
-        return replace(self, **chosen)
+        own = replace(self, **chosen)
+        own.check_options(f"layer {layer_path(node)}")
+        return own
 
     # ---- values ------------------------------------------------------------------------------
 
-    def _places(
-        self, program: Program, regions: Regions, edges: set[fx.Node]
-    ) -> list[list[Place]]:
+    def _places(self, program: Program, regions: Regions, edges: set[fx.Node]) -> list[list[Place]]:
         """The observed values, those that share an observer together."""
         groups: dict[str, list[Place]] = {}
         for node in regions.ops:
@@ -184,10 +201,9 @@ class Quantization(Pass):
         floor = min(place.floor for place in group)
         return [replace(place, bits=bits, relu=relu, upper=upper, floor=floor) for place in group]
 
-    def _quantize_values(
-        self, program: Program, edit: Editor, places: list[list[Place]]
-    ) -> None:
+    def _quantize_values(self, program: Program, edit: Editor, places: list[list[Place]]) -> None:
         for group in places:
+            edit.current = group[0].observer
             observer = program.submodule(group[0].observer)
             assert isinstance(observer, Observer)
             if observer.is_empty:
@@ -217,7 +233,7 @@ class Quantization(Pass):
     def _replace_observer(
         self, program: Program, edit: Editor, place: Place, quantizer: ActivationQuantizer
     ) -> None:
-        """The observer is gone and the quantizer stands behind the fused ReLU, where there is one."""
+        """The observer is gone; the quantizer stands behind the fused ReLU, where there is one."""
         relu = facts(place.carrier).fused_relu
         source = place.observer.all_input_nodes[0]
         readers = set(place.observer.users)
@@ -249,14 +265,12 @@ class Quantization(Pass):
             if regions.kind(node) in ANCHORS and node in regions.reasons:
                 edit.miss(node, f"stays in float: {regions.reasons[node]}")
 
-    def _quantize_layer(
-        self, program: Program, edit: Editor, node: fx.Node, options: Self
-    ) -> None:
+    def _quantize_layer(self, program: Program, edit: Editor, node: fx.Node, options: Self) -> None:
         layer: Any = program.submodule(node)
         weight = rows(layer, layer.weight.detach()).double()
         found = options.weight_codes(weight, options.weight_bits)
         if is_depthwise(layer):
-            found = _unsaturated(options, weight, found)
+            found = _unsaturated(weight, found)
         codes = from_rows(layer, found.codes.to(torch.int8), layer.weight.shape)
         edit.replace_module(node, QuantizedLayer(layer, codes, found.scale, found.bits))
         edit.write_facts(node, note=f"w{_span(found.bits)}")
@@ -271,7 +285,7 @@ def _observer_behind(regions: Regions, node: fx.Node) -> fx.Node | None:
 
 def is_depthwise(layer: nn.Module) -> bool:
     """Whether each output channel of a convolution reads one input channel."""
-    groups = int(getattr(layer, "groups", 1))  # type: ignore[arg-type]
+    groups = int(getattr(layer, "groups", 1))
     return groups > 1 and groups == int(getattr(layer, "in_channels", 0))
 
 
@@ -280,18 +294,18 @@ def nearest_codes(weight: torch.Tensor, scale: torch.Tensor, top: int) -> torch.
     return torch.round(weight / scale.unsqueeze(1)).clamp(-top, top).to(torch.int32)
 
 
-def _unsaturated(options: Quantization, weight: torch.Tensor, found: WeightCodes) -> WeightCodes:
-    """Codes a depthwise kernel computes exactly: channels that could saturate get a larger scale."""
+def _unsaturated(weight: torch.Tensor, found: WeightCodes) -> WeightCodes:
+    """Codes a depthwise kernel computes exactly: channels that could saturate get a wider scale.
+
+    A channel of fewer than 8 bits keeps its levels, rounded to the wider scale: it gets no more.
+    """
     limit = pair_limit(255)
-    codes, scale = found.codes, found.scale.clone()
-    for _ in range(8):
-        worst = largest_pair_sum(codes)
-        over = worst > limit
-        if not bool(over.any()):
-            break
-        scale[over] *= worst[over].double() / (limit - 0.5)
-        again = nearest_codes(weight, scale.double(), 127)
-        codes = torch.where(over.unsqueeze(1), again, codes)
+    codes, scale = found.codes, found.scale.double()
+    levels = codes * scale.unsqueeze(1)
+    values = torch.where((found.bits < 8).unsqueeze(1), levels, weight)
+    while bool((over := (worst := largest_pair_sum(codes)) > limit).any()):
+        scale = torch.where(over, short_scale(scale * worst / (limit - 0.5)), scale)
+        codes = torch.where(over.unsqueeze(1), nearest_codes(values, scale, 127), codes)
     return WeightCodes(codes, scale, found.bits)
 
 

@@ -111,7 +111,7 @@ class QuantizeAciq(Quantization):
             return absmax_codes(weight, bits)
         widths = self._widths(weight, bits)
         codes, scale = torch.zeros_like(weight), torch.ones(len(weight), dtype=torch.float64)
-        for width in widths.unique().tolist():
+        for width in sorted(set(widths.tolist())):
             chosen = widths == width
             codes[chosen], scale[chosen] = self._channel_codes(weight[chosen], int(width))
         return WeightCodes(codes.to(torch.int32), scale, widths)
@@ -119,7 +119,9 @@ class QuantizeAciq(Quantization):
     def _widths(self, weight: torch.Tensor, bits: int) -> torch.Tensor:
         if self.allocation is Allocation.NONE:
             return torch.full((len(weight),), bits, dtype=torch.int64)
-        spread = weight.std(1)
+        spread = weight.std(1, correction=0)
+        if not bool(spread.any()):  # every channel is constant, so there is nothing to share out
+            return torch.full((len(weight),), bits, dtype=torch.int64)
         if self.allocation is Allocation.BINS:
             return allocate_bins(spread, len(weight) * 2.0**bits).clamp(2, 8).to(torch.int64)
         return allocate_mean_bits(spread, bits, low=2).to(torch.int64)

@@ -1,4 +1,4 @@
-"""quantize-minmax: uniform quantization of the whole observed range; the baseline of every paper."""
+"""quantize-minmax: uniform quantization of the whole observed range, every paper's baseline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .quantization import Place, Quantization, WeightCodes, nearest_codes
 
 @dataclass(frozen=True)
 class QuantizeMinmax(Quantization):
-    """Values are quantized over the range seen in calibration, weights over their largest magnitude.
+    """Values are quantized over the calibrated range, weights over their largest magnitude.
 
     Weights are symmetric. A moving average of the range is an option of insert-observers
     (``momentum``), and per-channel ranges of activations are, too (``per_channel``).

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from fxq.contracts import relative_error
 from fxq.graph.capture import capture
 from fxq.graph.program import LayerOverride, Program
 from fxq.pipeline import Pass, Pipeline
@@ -114,7 +115,7 @@ class Ran:
         """The largest difference of the outputs, relative to the model's largest output."""
         with torch.no_grad():
             want = self.model.eval()(*inputs)
-        return float((self.program.run(*inputs) - want).abs().max() / want.abs().max())
+        return relative_error(want, self.program.run(*inputs))
 
 
 @pytest.fixture

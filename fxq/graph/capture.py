@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from fxq.errors import CaptureError, nearest_hint
 from fxq.graph.canonical import canonicalize
@@ -138,13 +139,26 @@ def as_inputs(example_inputs: ExampleInputs) -> tuple[Any, ...]:
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model).eval()
+        copied = copy.deepcopy(model).eval()
     except Exception as error:
         raise CaptureError(
             f"the model cannot be copied: {error}",
             where=f"{_uncopyable(model)}; {class_place(type(model))}",
             hint="keep open files, locks and non-leaf tensors out of the module's attributes",
         ) from error
+    for module in copied.modules():
+        if parametrize.is_parametrized(module):
+            _drop_parametrizations(module)
+    return copied
+
+
+def _drop_parametrizations(module: Any) -> None:
+    """Weight norm and its kin become plain weights; torch's own removal changes a shared class."""
+    values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value))
 
 
 def _uncopyable(model: nn.Module) -> str:

@@ -25,7 +25,7 @@ def describe_module(node: fx.Node, module: nn.Module) -> Op:
     own = getattr(module, "fxq_kind", None)
     if isinstance(own, str):
         return Op(Kind(own), first_input(node), module=module)
-    for types, rule in _MODULE_RULES if _is_torch_forward(module) else ():
+    for types, rule in _MODULE_RULES if _computes_what_it_is(module) else ():
         if isinstance(module, types):
             op = rule(node, module)
             return Op(op.kind, op.inputs, op.attributes, module, op.reason)
@@ -35,9 +35,10 @@ def describe_module(node: fx.Node, module: nn.Module) -> Op:
     return Op(Kind.OTHER, inputs, module=module, reason=f"no integer {type(module).__name__}")
 
 
-def _is_torch_forward(module: nn.Module) -> bool:
-    """Whether a module computes what its torch.nn class does; a user's subclass may not."""
-    return type(module).forward.__module__.startswith("torch.nn")
+def _computes_what_it_is(module: nn.Module) -> bool:
+    """Whether a module computes what its torch.nn class does: no user's forward, and no hooks."""
+    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+    return type(module).forward.__module__.startswith("torch.nn") and not hooks
 
 
 def is_frozen_batch_norm(module: nn.Module) -> bool:

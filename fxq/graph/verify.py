@@ -43,16 +43,20 @@ def fusions_agree(program: Program) -> Iterator[tuple[fx.Node | None, str]]:
     """A fused ReLU and the node that runs it name each other."""
     nodes = {node.name: node for node in program.nodes()}
     for node in nodes.values():
-        relu = facts(node).fused_relu
+        relu, host = facts(node).fused_relu, facts(node).fused_into
         if relu in nodes and facts(nodes[relu]).fused_into != node.name:
             yield node, f"it runs %{relu}, which says otherwise"
+        if host in nodes and facts(nodes[host]).fused_relu != node.name:
+            yield node, f"it runs inside %{host}, which says otherwise"
 
 
 def parameters_are_finite(program: Program) -> Iterator[tuple[fx.Node | None, str]]:
-    """No parameter or buffer is NaN or infinite."""
+    """No parameter or buffer is NaN or infinite, those of observers apart."""
     for node in program.nodes():
         module = program.submodule(node)
-        for name, tensor in module.named_parameters() if module is not None else ():
+        if module is None or getattr(module, "fxq_kind", None) == "observer":
+            continue
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 yield node, f"its {name} is not finite"
 

@@ -221,4 +221,7 @@ def _to_codes(x: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def _to_float(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-    return dequantize(codes, grid.scale, grid.zero_point)
+    values = dequantize(codes, grid.scale, grid.zero_point)
+    # Kernels keep images channels-last, and what a float island sums depends on the layout.
+    is_image = values.dim() == 4
+    return values.contiguous(memory_format=torch.channels_last) if is_image else values

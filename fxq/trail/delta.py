@@ -64,7 +64,7 @@ class Delta:
         return {kind: count for kind, count in counted.items() if count}
 
     def summary(self) -> str:
-        """One line, for example ``+0 -20 removed``; ``no change`` where nothing did."""
+        """One line, for example ``-20 removed  #20 retuned``; ``no change`` where nothing did."""
         parts = [f"{SIGNS[kind]}{count} {kind}" for kind, count in self.counts().items()]
         return "  ".join(parts) or "no change"
 
@@ -90,9 +90,9 @@ def compare(before: Snapshot, after: Snapshot) -> Delta:
     """What changed from one snapshot to another.
 
     Example:
-        >>> old = Snapshot((NodeRecord("x", "Input"), NodeRecord("c", "Conv2d", ("x",), digest="a")))
-        >>> new = Snapshot((NodeRecord("x", "Input"), NodeRecord("c", "Conv2d", ("x",), digest="b")))
-        >>> compare(old, new).summary()
+        >>> before = Snapshot((NodeRecord("c", "Conv2d", digest="a36008"),))
+        >>> after = Snapshot((NodeRecord("c", "Conv2d", digest="17dd02"),))
+        >>> compare(before, after).summary()
         '#1 retuned'
     """
     old, new = before.by_name(), after.by_name()

@@ -103,6 +103,8 @@ class Journal:
     def save(self, folder: Path) -> None:
         """Write ``journal.json`` and numbered snapshots ``00-capture.txt``, … into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("[0-9][0-9]-*.txt"):
+            stale.unlink()
         (folder / "journal.json").write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
         if self.steps:
             _write_text(folder / "00-capture.txt", self.steps[0].before)
@@ -158,10 +160,10 @@ class Journal:
 
 
 def format_db(value: float | None) -> str:
-    """A signal-to-noise ratio for people: ``31.4 dB``, or ``exact`` where nothing changed."""
+    """A signal-to-noise ratio for people: ``31.4 dB``; ``exact`` where nothing changed."""
     if value is None:
         return ""
-    return "exact" if math.isinf(value) and value > 0 else f"{value:.1f} dB"
+    return _INFINITIES.get(value, f"{value:.1f} dB")
 
 
 def _write_text(path: Path, graph: Snapshot) -> None:
@@ -199,10 +201,15 @@ def _step_from_json(entry: dict[str, Any], before: Snapshot, after: Snapshot) ->
     )
 
 
+_INFINITIES = {math.inf: "exact", -math.inf: "not finite"}  # JSON has no infinity
+
+
 def _finite(value: float | None) -> float | str | None:
-    """JSON has no infinity."""
-    return "exact" if value is not None and math.isinf(value) else value
+    return _INFINITIES.get(value, value) if value is not None else None
 
 
 def _number(value: float | str | None) -> float | None:
-    return math.inf if value == "exact" else (None if value is None else float(value))
+    for infinity, word in _INFINITIES.items():
+        if value == word:
+            return infinity
+    return None if value is None else float(value)

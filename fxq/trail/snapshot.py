@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import weakref
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -133,7 +132,8 @@ def _record(program: Program, node: fx.Node) -> NodeRecord:
 
 def _operator(node: fx.Node, module: nn.Module | None) -> str:
     if module is not None:
-        return type(module).__name__
+        own = getattr(module, "operator", None)
+        return own if isinstance(own, str) else type(module).__name__
     if node.op in ("placeholder", "output", "get_attr"):
         return {"placeholder": "Input", "output": "Output", "get_attr": "Constant"}[node.op]
     return ("." if node.op == "call_method" else "") + target_name(node)
@@ -174,19 +174,17 @@ def _words(node: fx.Node) -> tuple[str, ...]:
 
 # ---- digests ---------------------------------------------------------------------------------
 
-_digests: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes]] = {}
-
 
 def tensor_digest(tensor: torch.Tensor) -> bytes:
-    """A digest of a tensor's bytes, remembered while the tensor lives and is not written to."""
-    known = _digests.get(id(tensor))
-    version = 0 if tensor.is_inference() else tensor._version
-    if known is not None and known[0]() is tensor and known[1] == version:
-        return known[2]
+    """A digest of a tensor's shape and bytes.
+
+    Always computed anew: torch does not count writes through ``tensor.data``, so nothing would say
+    when a remembered digest is stale.
+    """
+    digest = hashlib.blake2b(str(list(tensor.shape)).encode(), digest_size=8)
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest = hashlib.blake2b(flat.data, digest_size=8).digest()
-    _digests[id(tensor)] = (weakref.ref(tensor), version, digest)
-    return digest
+    digest.update(flat.data)
+    return digest.digest()
 
 
 def module_digest(module: nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,29 @@ FILES = {
         "CaptureError: Branch cannot be traced symbolically",
         "model.py:7 in forward: if x.sum() > 0:",
     ),
+    "calibration fails": (
+        FINE + "    def calibration_data():\n        yield example_inputs\n        1 / 0\n",
+        "reading its batches fails: ZeroDivisionError",
+        "model.py:8 in calibration_data: 1 / 0",
+    ),
+    "evaluation fails": (
+        FINE
+        + "    calibration_data = [example_inputs]\n    evaluate = lambda module: module.nothing\n",
+        "evaluate() fails: AttributeError",
+        "model.py:7",
+    ),
+    "evaluation of another shape": (
+        FINE
+        + "    calibration_data = [example_inputs]\n"
+        + "    eval_data = [(torch.zeros(2, 3, 8, 8), torch.zeros(2))]\n",
+        "the network fails on a batch of eval_data",
+        "inputs of shape [2, 3, 8, 8]",
+    ),
+    "evaluation without labels": (
+        FINE + "    calibration_data = [example_inputs]\n    eval_data = [example_inputs]\n",
+        "a batch of eval_data is a Tensor",
+        "yield (inputs, labels)",
+    ),
     "bad measure": (
         FINE + "    calibration_data = [example_inputs]\n    evaluate = lambda module: 'good'\n",
         "evaluate() returned a str",
@@ -121,6 +145,8 @@ def test_calibration_that_is_not_finite(fxq: Callable, write: Write) -> None:
 
 
 OPTIONS = [
+    (("compile", ""), "there is no network named ''", "`fxq models`"),
+    (("compile", "."), "there is no network", "a folder is no network"),
     (("compile", "nowhere.py"), "there is no such model file", "fxq models"),
     (("compile", "no.such.module:net"), "there is no module 'no'", "package.module:name"),
     (("compile", "json:net"), "it defines no 'net'", ""),
@@ -224,6 +250,13 @@ def test_a_folder_with_content_is_kept(fxq: Callable, write: Write) -> None:
     assert kept.read_text() == "years of work"
 
 
+@pytest.mark.parametrize("output", [".", "..", "/"])
+def test_the_current_folder_is_no_output(fxq: Callable, tmp_path: Path, output: str) -> None:
+    done = fxq(*QUICK[:-1], output, "--force")
+    assert (done.code, "the current folder, or holds it" in done.err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_is_replaced_only_by_force(fxq: Callable, tmp_path: Path) -> None:
     assert fxq(*QUICK).code == 0
     before = (tmp_path / "out/metadata.json").stat().st_mtime_ns
@@ -248,6 +281,22 @@ def test_a_full_disk(fxq: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     done = fxq(*QUICK)
     assert done.code == 2
     assert "No space left on device" in done.err
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_refuses_the_weights(fxq: Callable, tmp_path: Path) -> None:
+    """With a real limit on file sizes, which fails inside the weight file's own library."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    try:
+        done = fxq(*QUICK)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (done.code, "too large" in done.err) == (2, True), done.err
     assert "Traceback" not in done.err
     assert list(tmp_path.iterdir()) == []
 

@@ -314,6 +314,29 @@ def test_a_graph_module_can_be_captured_again() -> None:
     assert torch.equal(once.run(x), twice.run(x))
 
 
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_parametrized_weights_become_plain(norm: str) -> None:
+    from torch.nn.utils import parametrizations
+
+    layer = getattr(parametrizations, norm)(nn.Conv2d(3, 4, 3))
+    model = nn.Sequential(layer, nn.ReLU()).eval()
+    x = torch.randn(1, 3, 6, 6)
+    program = capture(model, x)
+    assert kinds(program)[1] == "conv"
+    assert type(layers(program)[0]) is nn.Conv2d
+    torch.testing.assert_close(program.run(x), model(x))
+    assert "parametrizations" in dict(layer.named_children())
+
+
+def test_a_layer_with_hooks_is_not_taken_for_a_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    x = torch.randn(1, 3, 6, 6)
+    program = capture(model.eval(), x)
+    assert kinds(program)[1] == "other"
+    assert torch.equal(program.run(x), model(x))
+
+
 # ---- the user's module -----------------------------------------------------------------------
 
 
