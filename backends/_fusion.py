@@ -1,7 +1,7 @@
 """Residual adds that run inside the convolution before them, on engines that can.
 
-onednn adds a second tensor to a convolution's accumulators before it rounds, which saves a pass over
-both tensors (a fifth of a ResNet-50) and one rounding. The result therefore differs from the
+onednn adds a second tensor to a convolution's accumulators before it rounds, which saves a pass
+over both tensors (a fifth of a ResNet-50) and one rounding. The result therefore differs from the
 integer reference, which rounds the addend to its own codes first, by at most that rounding.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from fxq.integer.program import Instruction, IntegerProgram, registers_in
+from fxq.integer.arguments import registers_in
+from fxq.integer.program import Instruction, IntegerProgram
 
 _SHARES_MEMORY = frozenset({"reshape", "constant", "float", "module"})
 

@@ -1,6 +1,6 @@
 """Everything that touches ``torch.ops.quantized`` or a quantized dtype.
 
-Torch has announced that quantized tensors will go; when they do, this file changes and nothing else.
+Torch has announced that quantized tensors will go; when they do, this file changes, nothing else.
 Codes travel between kernels as ``quint8`` tensors, which are bytes with a scale and a zero point
 attached; `wrap` and `unwrap` change the label without copying the bytes.
 """
@@ -22,6 +22,42 @@ ENGINES = ("x86", "fbgemm", "onednn")
 """``x86`` takes the faster exact kernel of the other two for each layer on this CPU."""
 
 _CONV = {1: "conv1d", 2: "conv2d", 3: "conv3d"}
+
+
+class _EngineSetting:
+    """Torch's global engine setting, shared by threads.
+
+    It is what it was before once nobody needs another. Threads that need the same engine run
+    together; one that needs another waits for them.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._users = 0
+        self._engine = ""
+        self._before = ""
+
+    @contextlib.contextmanager
+    def set_to(self, engine: str) -> Iterator[None]:
+        """The setting is this engine inside."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._users == 0 or self._engine == engine)
+            if self._users == 0:
+                self._before = torch.backends.quantized.engine
+                torch.backends.quantized.engine = engine
+                self._engine = engine
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                if self._users == 0:
+                    torch.backends.quantized.engine = self._before
+                    self._changed.notify_all()
+
+
+engine_setting = _EngineSetting()
 
 
 @functools.cache
@@ -47,15 +83,10 @@ def supported_engines() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def packing_for(engine: str) -> Iterator[None]:
-    """Weights packed inside belong to this engine; the global setting is restored."""
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = engine
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            yield
-    finally:
-        torch.backends.quantized.engine = before
+    """Weights packed inside belong to this engine, and torch's warnings about them are silent."""
+    with engine_setting.set_to(engine), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def wrap(codes: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
@@ -138,7 +169,7 @@ class Conv:
 class AddingConv(Conv):
     """A two-dimensional onednn convolution that adds another tensor before it rounds.
 
-    The arguments are those of `Conv`. It runs inside `adding_engine`.
+    The arguments are those of `Conv`.
     """
 
     def __init__(
@@ -158,36 +189,9 @@ class AddingConv(Conv):
         self, total: torch.Tensor, codes: torch.Tensor, scale: float, zero_point: int
     ) -> torch.Tensor:
         """Labelled codes of the sum of a tensor and the convolution; the tensor is overwritten."""
-        result: torch.Tensor = self.run(codes, total, self.packed, scale, zero_point)
+        with engine_setting.set_to("onednn"):  # the operator looks at the setting when it runs
+            result: torch.Tensor = self.run(codes, total, self.packed, scale, zero_point)
         return result
-
-
-class _AddingEngine:
-    """The global engine is onednn while any thread is inside, and what it was when all are out.
-
-    ``quantized.conv2d_add`` looks at the global setting when it runs.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before = ""
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._before = torch.backends.quantized.engine
-                torch.backends.quantized.engine = "onednn"
-            self._inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                torch.backends.quantized.engine = self._before
-
-
-adding_engine = _AddingEngine()
 
 
 class Linear:
@@ -218,10 +222,8 @@ class Linear:
     def to_float(self, codes: torch.Tensor) -> torch.Tensor:
         """The product in float32, without rounding it to codes; fbgemm only."""
         scale, zero_point = codes.q_scale(), codes.q_zero_point()
-        product: torch.Tensor = (
-            torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-                codes.dequantize(), scale, zero_point, self.packed
-            )
+        product: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            codes.dequantize(), scale, zero_point, self.packed
         )
         return product.clamp_(min=0) if self.relu else product
 

@@ -1,8 +1,8 @@
 """Where in its byte each register keeps its codes.
 
-Codes ``0 .. top`` of fewer than 8 bits need an upper bound, and a byte has one at 255 for free. Kept
-at ``255 - top .. 255``, codes that a fused ReLU bounds from below need no clamp at all. The price is
-a zero point that is not zero, which not every kernel reads at full speed.
+Codes ``0 .. top`` of fewer than 8 bits need an upper bound, and a byte has one at 255 for free.
+Kept at ``255 - top .. 255``, codes that a fused ReLU bounds from below need no clamp at all. The
+price is a zero point that is not zero, which not every kernel reads at full speed.
 """
 
 from __future__ import annotations

@@ -1,40 +1,31 @@
 """The eager backend: an ``nn.Module`` that runs an integer program on torch's int8 kernels.
 
 Values of 1 to 8 bits live in bytes; `_offsets` says where in the byte, so that most of them need no
-clamp. `_kernels` holds everything that touches quantized tensors.
+clamp. `_builder` chooses kernels, and `_kernels` holds everything that touches quantized
+tensors.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fxq.backend import Obstacle
 from fxq.errors import FxqError, LoweringError, UnknownNameError
-from fxq.integer.layers import accumulator_scale
-from fxq.integer.lowering import lower_to_integers, obstacles
-from fxq.integer.program import Instruction, IntegerProgram, registers_in, substitute
-from fxq.integer.reference import average_multiplier, call_float, float_callable, reshape
-from fxq.numerics.saturation import largest_pair_sum, pair_limit
+from fxq.integer.arguments import substitute
+from fxq.integer.lowering import lower_to_integers
+from fxq.integer.obstacles import obstacles
+from fxq.integer.program import IntegerProgram
 
 from . import _kernels as kernels
-from ._fusion import fuse_residual_adds, may_overwrite
-from ._offsets import byte_offsets
+from ._builder import Builder
 
 if TYPE_CHECKING:
     from fxq.artifact import Artifact
     from fxq.graph.program import Program
-
-Run = Callable[[dict[str, Any]], Any]
-
-EXACT_LIMIT = 2**24
-"""Integers below this are exact in float32."""
 
 
 class EagerModule(nn.Module):
@@ -61,39 +52,59 @@ class EagerModule(nn.Module):
             )
         self.program = program
         self.engine = engine
-        builder = _Builder(program, engine)
+        builder = Builder(program, engine)
         self._steps = builder.steps()
-        adds = any(step.op == "conv_add" for step in builder.program)
-        self._engine: Any = kernels.adding_engine if adds else contextlib.nullcontext()
+        self._offsets = builder.offsets
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """The output of the program.
 
         Raises:
-            FxqError: An input has the wrong number of dimensions or of channels.
+            FxqError: An integer instruction cannot run on these inputs: their number, dtype, number
+                of dimensions or number of channels is wrong.
         """
-        values: dict[str, Any] = dict(zip(self.program.inputs, inputs, strict=True))
-        with torch.no_grad(), self._engine:
-            for name, run, finished in self._steps:
-                values[name] = run(values)
-                for other in finished:
-                    del values[other]
+        values = self._inputs(inputs)
+        name = ""
+        try:
+            with torch.no_grad():
+                for name, run, finished in self._steps:
+                    values[name] = run(values)
+                    for other in finished:
+                        del values[other]
+        except (RuntimeError, IndexError) as error:
+            self._explain(error, name, inputs)
+            raise
         return substitute(self.program.output, values)
 
     def registers(self, *inputs: torch.Tensor) -> dict[str, Any]:
         """Every register, codes as uint8 tensors ``0 .. top``, to compare with the reference."""
-        values: dict[str, Any] = dict(zip(self.program.inputs, inputs, strict=True))
+        values = self._inputs(inputs)
         codes = dict(values)
-        builder = _Builder(self.program, self.engine)
-        with torch.no_grad(), self._engine:
+        with torch.no_grad():
             for name, run, _ in self._steps:
-                values[name] = run(values)
+                value = values[name] = run(values)
                 # Copied at once: a later step may write over this register's memory.
-                quantized = builder.grids.get(name) is not None
-                codes[name] = (
-                    _codes(values[name], builder.offsets[name]) if quantized else values[name]
-                )
+                quantized = name in self._offsets
+                codes[name] = _codes(value, self._offsets[name]) if quantized else value
         return codes
+
+    def _inputs(self, inputs: tuple[torch.Tensor, ...]) -> dict[str, Any]:
+        names = self.program.inputs
+        if len(inputs) != len(names):
+            raise FxqError(f"the network takes {len(names)} inputs, not {len(inputs)}")
+        return dict(zip(names, inputs, strict=True))
+
+    def _explain(self, error: Exception, name: str, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Raise what a user can act on, where a kernel failed; errors of float code stay theirs."""
+        step = next(one for one in self.program if one.name == name)
+        if step.op in ("float", "module"):
+            return
+        first = str(error).splitlines()[0]
+        raise FxqError(
+            f"%{name} cannot run on these inputs: {first}",
+            where=f"inputs {_shapes(inputs)}",
+            hint="inputs are float32 and, batch size and image size apart, of the example's shape",
+        ) from error
 
     def extra_repr(self) -> str:
         """Engine and number of instructions."""
@@ -106,305 +117,20 @@ class EagerModule(nn.Module):
         return EagerModule, (self.program, self.engine)
 
 
+def _shapes(inputs: tuple[torch.Tensor, ...]) -> str:
+    shown = [
+        f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else type(value).__name__
+        for value in inputs
+    ]
+    return ", ".join(shown)
+
+
 def _codes(value: Any, offset: int) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_codes(item, offset) for item in value)
     return kernels.unwrap(value) - offset
-
-
-class _Builder:
-    """Chooses kernels and byte offsets, and packs weights."""
-
-    def __init__(self, program: IntegerProgram, engine: str) -> None:
-        self.engine = engine
-        self.program = program
-        self.program = fuse_residual_adds(program, self._can_add)
-        self.grids = self.program.grids()
-        self.offsets = byte_offsets(self.program, self._tolerates_zero_point)
-
-    def steps(self) -> list[tuple[str, Run, tuple[str, ...]]]:
-        """Each instruction as a function of the registers, and the registers it is the last to read."""
-        finished = _last_reads(self.program)
-        return [
-            (step.name, _BUILDERS[step.op](self, step), finished[step.name])
-            for step in self.program
-        ]
-
-    def label(self, name: str) -> tuple[float, int]:
-        """Scale and zero point of a register's bytes."""
-        grid = self.grids[name]
-        assert grid is not None
-        return grid.scale, grid.zero_point + self.offsets[name]
-
-    def bounded(self, step: Instruction, run: Run) -> Run:
-        """The same, with bytes clamped to the codes of the grid where saturation does not do it."""
-        grid, offset = self.grids[step.name], self.offsets[step.name]
-        assert grid is not None
-        if grid.bits == 8 or offset == 255 - grid.top:
-            return run
-        low, high = offset, offset + grid.top
-
-        def clamped(values: dict[str, Any]) -> torch.Tensor:
-            result: torch.Tensor = run(values)
-            kernels.unwrap(result).clamp_(low, high)
-            return result
-
-        return clamped
-
-    def engine_for(self, step: Instruction) -> str:
-        """The kernel library of a layer."""
-        if self.engine == "onednn":
-            return "onednn"
-        weight = self.program.tensor(step, "weight")
-        depthwise = step.op == "conv" and step.attributes["groups"] == weight.shape[0] > 1
-        if depthwise and int(largest_pair_sum(weight.flatten(1)).max()) > pair_limit(255):
-            return "onednn"  # fbgemm's depthwise kernels would saturate
-        if self.engine == "fbgemm" or "onednn" not in kernels.supported_engines():
-            return "fbgemm"
-        return "onednn" if kernels.is_exact("onednn") else "fbgemm"
-
-    def _can_add(self, step: Instruction) -> bool:
-        """Whether the kernel of a convolution can add a tensor before it rounds."""
-        return self.engine_for(step) == "onednn" and len(step.attributes["stride"]) == 2
-
-    def _tolerates_zero_point(self, step: Instruction) -> bool:
-        """Whether an instruction reads bytes with any zero point exactly and at full speed."""
-        if step.op not in ("conv", "conv_add", "linear"):
-            return True
-        engine = self.engine_for(step)
-        if not kernels.is_exact(engine):
-            return False  # kernels that saturate in 16 bits must see small bytes
-        return engine == "fbgemm" or self._pads_nothing(step)
-
-    def _pads_nothing(self, step: Instruction) -> bool:
-        return step.op == "linear" or not any(step.attributes["padding"])
-
-    # ---- one builder per instruction ---------------------------------------------------------
-
-    def quantize(self, step: Instruction) -> Run:
-        source = step.inputs[0]
-        scale, zero_point = self.label(step.name)
-        return self.bounded(
-            step, lambda values: kernels.quantize(values[source], scale, zero_point)
-        )
-
-    def dequantize(self, step: Instruction) -> Run:
-        source = step.inputs[0]
-        return lambda values: _dequantize(values[source])
-
-    def requantize(self, step: Instruction) -> Run:
-        source = step.inputs[0]
-        scale, zero_point = self.label(step.name)
-        return self.bounded(
-            step,
-            lambda values: torch.quantize_per_tensor(
-                values[source].dequantize(), scale, zero_point, torch.quint8
-            ),
-        )
-
-    def _layer_tensors(self, step: Instruction) -> dict[str, torch.Tensor]:
-        source = self.grids[step.inputs[0]]
-        assert source is not None
-        scale = self.program.tensor(step, "scale")
-        return {
-            "weight": self.program.tensor(step, "weight"),
-            "scale": scale,
-            "bias": self.program.tensor(step, "bias"),
-            "unit": accumulator_scale(source.scale, scale),
-        }
-
-    def conv(self, step: Instruction) -> Run:
-        engine, tensors = self.engine_for(step), self._layer_tensors(step)
-        source = step.inputs[0]
-        input_scale, input_zero = self.label(source)
-        folded = engine == "onednn" and self._fold_zero_point(step, tensors, input_zero)
-        kernel = kernels.Conv(
-            **tensors, geometry=step.attributes, relu=step.attributes["relu"], engine=engine
-        )
-        scale, zero_point = self.label(step.name)
-        if not folded:
-            return self.bounded(step, lambda values: kernel(values[source], scale, zero_point))
-
-        def run(values: dict[str, Any]) -> torch.Tensor:
-            return kernel(kernels.relabel(values[source], input_scale, 0), scale, zero_point)
-
-        return self.bounded(step, run)
-
-    def _fold_zero_point(
-        self, step: Instruction, tensors: dict[str, torch.Tensor], zero_point: int
-    ) -> bool:
-        """Move ``sum((q - z) w) = sum(q w) - z sum(w)`` into the bias, where nothing is padded.
-
-        onednn convolutions are up to twice as slow where the zero point of the input is not zero.
-        """
-        if zero_point == 0 or not self._pads_nothing(step):
-            return False
-        weight = tensors["weight"].flatten(1).long()
-        if int(weight.abs().sum(1).max()) * 255 >= EXACT_LIMIT:
-            return False
-        tensors["bias"] = tensors["bias"].long() - zero_point * weight.sum(1)
-        return True
-
-    def conv_add(self, step: Instruction) -> Run:
-        tensors, relu = self._layer_tensors(step), step.attributes["relu"]
-        source, addend = step.inputs
-        input_scale, input_zero = self.label(source)
-        folded = self._fold_zero_point(step, tensors, input_zero)
-        read = (input_scale, 0)
-        kernel = kernels.AddingConv(**tensors, geometry=step.attributes, relu=relu)
-        overwrite = may_overwrite(self.program, step)
-        target = self.label(step.name)
-
-        scale, zero_point = self.label(step.name)
-
-        def run(values: dict[str, Any]) -> torch.Tensor:
-            total = values[addend] if overwrite else values[addend].clone()
-            codes = kernels.relabel(values[source], *read) if folded else values[source]
-            return kernel.add_to(total, codes, scale, zero_point)
-
-        return self.bounded(step, run)
-
-    def linear(self, step: Instruction) -> Run:
-        source = step.inputs[0]
-        engine = "fbgemm" if step.grid is None else self.engine_for(step)
-        kernel = kernels.Linear(
-            **self._layer_tensors(step), relu=step.attributes["relu"], engine=engine
-        )
-        if step.grid is None:
-            return lambda values: kernel.to_float(values[source])
-        scale, zero_point = self.label(step.name)
-        return self.bounded(step, lambda values: kernel(values[source], scale, zero_point))
-
-    def add(self, step: Instruction) -> Run:
-        left, right = step.inputs
-        scale, zero_point = self.label(step.name)
-        relu = step.attributes["relu"]
-        return self.bounded(
-            step, lambda values: kernels.add(values[left], values[right], scale, zero_point, relu)
-        )
-
-    def global_avg_pool(self, step: Instruction) -> Run:
-        source = step.inputs[0]
-        grid, input_grid = self.grids[step.name], self.grids[source]
-        assert grid is not None and input_grid is not None
-        centre = input_grid.zero_point + self.offsets[source]
-        scale, zero_point = self.label(step.name)
-        keep, low = step.attributes["keepdim"], self.offsets[step.name]
-        top = grid.top + low
-
-        multipliers: dict[int, float] = {}
-
-        def run(values: dict[str, Any]) -> torch.Tensor:
-            codes = kernels.unwrap(values[source])
-            count = codes.shape[2] * codes.shape[3]
-            if count not in multipliers:
-                multipliers[count] = float(average_multiplier(input_grid, grid, count))
-            total = codes.sum((2, 3), keepdim=keep, dtype=torch.int32).sub_(count * centre)
-            mean = total.to(torch.float32).mul_(multipliers[count])
-            rounded = mean.round_().add_(zero_point).clamp_(low, top)
-            return kernels.wrap(rounded.to(torch.uint8), scale, zero_point)
-
-        return run
-
-    def max_pool(self, step: Instruction) -> Run:
-        source, attributes = step.inputs[0], step.attributes
-        return lambda values: F.max_pool2d(values[source], **attributes)
-
-    def cat(self, step: Instruction) -> Run:
-        scale, zero_point = self.label(step.name)
-        inputs, dim = step.inputs, step.attributes["dim"]
-        return lambda values: kernels.wrap(
-            torch.cat([kernels.unwrap(values[name]) for name in inputs], dim), scale, zero_point
-        )
-
-    def relu(self, step: Instruction) -> Run:
-        scale, zero_point = self.label(step.name)
-        source, top = step.inputs[0], step.attributes["top"] + self.offsets[step.name]
-        return lambda values: kernels.wrap(
-            kernels.unwrap(values[source]).clamp(zero_point, top), scale, zero_point
-        )
-
-    def pad(self, step: Instruction) -> Run:
-        scale, zero_point = self.label(step.name)
-        source, pad = step.inputs[0], step.attributes["pad"]
-        return lambda values: kernels.wrap(
-            _channels_last(F.pad(kernels.unwrap(values[source]), pad, value=zero_point)),
-            scale,
-            zero_point,
-        )
-
-    def reshape(self, step: Instruction) -> Run:
-        source = step.inputs[0]
-        scale, zero_point = self.label(step.name)
-
-        def run(values: dict[str, Any]) -> Any:
-            value = values[source]
-            bytes_: Any = (
-                value if isinstance(value, (tuple, list)) else kernels.unwrap(value)
-            )
-            return _wrap_all(reshape(step, bytes_, values), scale, zero_point)
-
-        return run
-
-    def constant(self, step: Instruction) -> Run:
-        value = self.program.tensor(step, "value")
-        return lambda values: value
-
-    def float(self, step: Instruction) -> Run:
-        function = float_callable(self.program, step)
-        return lambda values: call_float(step, function, values)
-
-
-def _wrap_all(value: Any, scale: float, zero_point: int) -> Any:
-    if isinstance(value, (tuple, list)):
-        return type(value)(_wrap_all(item, scale, zero_point) for item in value)
-    if value.dtype is torch.quint8:
-        return value
-    return kernels.wrap(_channels_last(value), scale, zero_point)
-
-
-def _channels_last(codes: torch.Tensor) -> torch.Tensor:
-    return codes.contiguous(memory_format=torch.channels_last) if codes.dim() == 4 else codes
-
-
-def _dequantize(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return type(value)(_dequantize(item) for item in value)
-    return value.dequantize()
-
-
-_BUILDERS: dict[str, Callable[[_Builder, Instruction], Run]] = {
-    "quantize": _Builder.quantize,
-    "dequantize": _Builder.dequantize,
-    "requantize": _Builder.requantize,
-    "conv": _Builder.conv,
-    "conv_add": _Builder.conv_add,
-    "linear": _Builder.linear,
-    "add": _Builder.add,
-    "global_avg_pool": _Builder.global_avg_pool,
-    "max_pool": _Builder.max_pool,
-    "cat": _Builder.cat,
-    "relu": _Builder.relu,
-    "pad": _Builder.pad,
-    "reshape": _Builder.reshape,
-    "constant": _Builder.constant,
-    "float": _Builder.float,
-    "module": _Builder.float,
-}
-
-
-def _last_reads(program: IntegerProgram) -> dict[str, tuple[str, ...]]:
-    """For each instruction, the registers nobody reads after it."""
-    last: dict[str, str] = {}
-    for step in program:
-        for name in step.inputs:
-            last[name] = step.name
-    kept = set(registers_in(program.output))
-    finished: dict[str, list[str]] = {step.name: [] for step in program}
-    for name, reader in last.items():
-        if name not in kept:
-            finished[reader].append(name)
-    return {name: tuple(names) for name, names in finished.items()}
 
 
 class EagerBackend:

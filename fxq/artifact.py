@@ -20,13 +20,24 @@ import torch
 from torch import nn
 
 import fxq
-from fxq.errors import ArtifactError
+from fxq.errors import ArtifactError, UnknownNameError
 from fxq.integer.ledger import Ledger
 from fxq.integer.program import IntegerProgram
 from fxq.registry import find_backend
 from fxq.trail.journal import Journal
 
 FILES = ("weights.safetensors", "structure.json", "ledger.json", "metadata.json")
+
+_MISFITS = (
+    RuntimeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+)
+"""What kernels and modules raise when they are built from parts that do not fit."""
 
 
 @dataclass
@@ -81,6 +92,8 @@ class Artifact:
                 module calls code of the user's own.
         """
         target = Path(path)
+        if target.is_symlink():
+            target = target.resolve()
         check_writable(target, force=force)
         with _replacing(target) as folder:
             self._write(folder)
@@ -90,7 +103,9 @@ class Artifact:
         from safetensors.torch import save_file
 
         structure = self.integers.to_json()
-        tensors = {name: value.contiguous().clone() for name, value in self.integers.tensors.items()}
+        tensors = {
+            name: value.contiguous().clone() for name, value in self.integers.tensors.items()
+        }
         save_file(tensors, folder / "weights.safetensors")
         _dump(folder / "structure.json", structure)
         _dump(folder / "ledger.json", self.ledger.to_json())
@@ -114,27 +129,50 @@ def check_writable(target: Path, *, force: bool = False) -> None:
     """A folder can be made at this path without losing anything.
 
     Raises:
-        ArtifactError: It holds something and force is off, is a file, or its parent is not a folder.
+        ArtifactError: It holds something and force is off, or it, or its parent, is a file.
     """
-    if target.is_file():
-        raise ArtifactError(
-            "the output is a file", where=str(target), hint="name a folder that does not exist yet"
-        )
-    if target.is_dir() and any(target.iterdir()) and not force:
+    try:
+        if target.is_dir():
+            _check_replaceable(target, force=force)
+        elif target.exists():
+            raise ArtifactError(
+                "the output is a file",
+                where=str(target),
+                hint="name a folder that does not exist yet",
+            )
+        parent = next(folder for folder in target.absolute().parents if folder.exists())
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    if not parent.is_dir():
+        raise ArtifactError("the output's parent is a file", where=str(parent))
+
+
+def _check_replaceable(target: Path, *, force: bool) -> None:
+    """A folder is empty, or a run that may be replaced."""
+    if not any(target.iterdir()):
+        return
+    if not force:
         raise ArtifactError(
             "the output folder is not empty",
             where=str(target),
             hint="pass --force to replace it, or choose another with -o",
         )
-    if target.is_dir() and any(target.iterdir()) and not (target / "metadata.json").exists():
+    if not _is_run(target):
         raise ArtifactError(
             "the output folder holds something that is not an fxq run",
             where=str(target),
             hint="--force replaces runs only; choose another folder",
         )
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise ArtifactError("the output's parent is a file", where=str(parent))
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether fxq wrote what a folder holds, even if it was damaged since."""
+    if all((folder / name).is_file() for name in FILES):
+        return True
+    try:
+        return "fxq" in _object(folder / "metadata.json")
+    except ArtifactError:
+        return False
 
 
 def load(path: str | Path, engine: str | None = None) -> Artifact:
@@ -156,33 +194,56 @@ def load(path: str | Path, engine: str | None = None) -> Artifact:
             hint="give the run folder that fxq compile printed",
         )
     try:
-        metadata = _object(folder / "metadata.json")
-        integers = IntegerProgram.from_json(_json(folder / "structure.json"), _tensors(folder))
-        ledger = Ledger.from_json(_json(folder / "ledger.json"))
-        chosen = engine or metadata.get("engine") or "x86"
-        backend = str(metadata.get("backend", "eager"))
-        module = _build(backend, integers, str(chosen))
+        return _load(folder, engine)
     except ArtifactError as error:
         error.where = error.where or str(folder)
         raise
+    except UnknownNameError as error:
+        if engine is not None and repr(engine) in error.what:
+            raise
+        raise ArtifactError(error.what, where=str(folder / "metadata.json")) from error
+
+
+def _load(folder: Path, engine: str | None) -> Artifact:
+    metadata = _object(folder / "metadata.json")
+    integers = IntegerProgram.from_json(_json(folder / "structure.json"), _tensors(folder))
+    chosen = engine or str(metadata.get("engine") or "x86")
+    backend = str(metadata.get("backend", "eager"))
     recipe = folder / "recipe.toml"
     return Artifact(
         integers=integers,
-        ledger=ledger,
-        module=module,
+        ledger=Ledger.from_json(_json(folder / "ledger.json")),
+        module=_build(backend, integers, chosen),
         backend=backend,
-        journal=Journal.load(folder) if (folder / "journal.json").exists() else None,
-        recipe_toml=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
-        promised_coverage=float(metadata.get("promised_coverage", 1.0)),
+        journal=_journal(folder),
+        recipe_toml=_text(recipe) if recipe.exists() else "",
+        promised_coverage=_share(metadata.get("promised_coverage", 1.0)),
         metadata={**metadata, "engine": chosen},
     )
+
+
+def _share(value: Any) -> float:
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ArtifactError(f"the promised coverage is {value!r}, not a share")
+    return float(value)
+
+
+def _journal(folder: Path) -> Journal | None:
+    if not (folder / "journal.json").exists():
+        return None
+    try:
+        return Journal.load(folder)
+    except RecursionError as error:
+        raise ArtifactError(
+            "the journal is nested too deeply", where=str(folder / "journal.json")
+        ) from error
 
 
 def _build(backend: str, integers: IntegerProgram, engine: str) -> nn.Module:
     builder: Any = find_backend(backend)
     try:
         module: nn.Module = builder.load(integers, engine=engine)
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+    except _MISFITS as error:
         raise ArtifactError(
             f"the structure does not fit its tensors: {str(error).splitlines()[0]}",
             hint="compile again; a file was changed or belongs to another run",
@@ -205,10 +266,21 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"the file cannot be read: {error}",
+            where=str(path),
+            hint="it was changed or cut short; compile again",
+        ) from error
+
+
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(
             f"the file is not valid JSON: {error}",
             where=str(path),
@@ -224,22 +296,28 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _dump(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    try:
+        text = json.dumps(data, indent=1)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path.name} cannot be written: {error}") from error
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes the target when the body ends well, and vanishes when not."""
+    from safetensors import SafetensorError
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}-", dir=target.parent))
+    except (OSError, ValueError) as error:
         raise _unwritable(target, error) from error
     try:
         yield folder
         folder.chmod(0o755)
         _swap(folder, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _unwritable(target, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -250,8 +328,7 @@ def _swap(folder: Path, target: Path) -> None:
     if not target.exists():
         folder.rename(target)
         return
-    old = target.with_name(f".{target.name}-old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = folder.with_name(f"{folder.name}-old")
     target.rename(old)
     try:
         folder.rename(target)
@@ -261,9 +338,9 @@ def _swap(folder: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _unwritable(target: Path, error: OSError) -> ArtifactError:
+def _unwritable(target: Path, error: Exception) -> ArtifactError:
     return ArtifactError(
-        f"the artifact cannot be written: {error.strerror or error}",
+        f"the artifact cannot be written: {getattr(error, 'strerror', None) or error}",
         where=str(target),
         hint="check the path, the permissions and the free space; nothing was changed",
     )

@@ -1,4 +1,4 @@
-"""What a backend is: something that turns a program into an artifact, and says what stands in the way."""
+"""What a backend is: it turns a program into an artifact, and says what stands in the way."""
 
 from __future__ import annotations
 

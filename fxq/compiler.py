@@ -1,10 +1,10 @@
-"""`compile`: a model, a recipe and data in; a module on integer kernels, and the record of it, out."""
+"""`compile`: a model, a recipe and data in; a module on integer kernels and its record out."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,29 +150,57 @@ def _with_probe(program: Program, source: Iterable[Any] | None) -> Iterable[Any]
         raise CalibrationError(
             "calibration must be batches, not one tensor", hint="wrap it in a list: [images]"
         )
-    batches = iter(source)
+    try:
+        batches = iter(source)
+    except TypeError as error:
+        raise CalibrationError(
+            f"calibration must be batches, not a {type(source).__name__}",
+            hint="give a list, a generator or a data loader of batches",
+        ) from error
     first = next(batches, None)
     if first is None:
         raise CalibrationError(
             "0 batches were calibrated", hint="the calibration data is empty; give some images"
         )
-    count = len(program.example_inputs)
-    arguments = (first,) if isinstance(first, torch.Tensor) else tuple(first)[:count]
-    if all(isinstance(value, torch.Tensor) and value.dim() for value in arguments):
-        program.probe = tuple(on_cpu(value[:PROBE_SIZE]) for value in arguments)
-    rest = itertools.chain([first], batches)
-    return _Counted(rest, len(source)) if hasattr(source, "__len__") else rest
+    program.probe = _probe(program, first) or program.probe
+    moved = (on_cpu(batch) for batch in itertools.chain([first], batches))
+    return _Counted(moved, len(source)) if isinstance(source, Sized) else moved
+
+
+def _probe(program: Program, batch: Any) -> tuple[Any, ...]:
+    """The first images of a calibration batch; nothing where it does not look like the example."""
+    examples = program.example_inputs
+    arguments = (batch,) if isinstance(batch, torch.Tensor) else batch
+    if not isinstance(arguments, (tuple, list)) or len(arguments) < len(examples):
+        return ()
+    pairs = list(zip(arguments, examples, strict=False))
+    if not all(_looks_like(value, example) for value, example in pairs):
+        return ()
+    sizes = [len(value) if isinstance(value, torch.Tensor) else 0 for value, _ in pairs]
+    cut = [
+        value[:PROBE_SIZE] if size and size == sizes[0] else value
+        for size, (value, _) in zip(sizes, pairs, strict=True)
+    ]
+    return tuple(on_cpu(cut))
+
+
+def _looks_like(value: Any, example: Any) -> bool:
+    """Whether a value can stand where the example stood: the same but for the sizes."""
+    if not isinstance(value, torch.Tensor) or not isinstance(example, torch.Tensor):
+        return type(value) is type(example)
+    shaped = 0 < value.dim() == example.dim() and value.numel() > 0
+    return shaped and value.dtype == example.dtype and value.shape[1:2] == example.shape[1:2]
 
 
 class _Counted:
     """An iterator with a known length, so that progress can be shown."""
 
-    def __init__(self, batches: Iterable[Any], length: int) -> None:
+    def __init__(self, batches: Iterator[Any], length: int) -> None:
         self._batches = batches
         self._length = length
 
-    def __iter__(self) -> Any:
-        return iter(on_cpu(batch) for batch in self._batches)
+    def __iter__(self) -> Iterator[Any]:
+        return self._batches
 
     def __len__(self) -> int:
         return self._length

@@ -113,9 +113,9 @@ class Recipe:
             RecipeError: A setting names an unknown pass or option, or a value of the wrong type.
 
         Example:
-            >>> recipe = Recipe.load("aciq-4bit").with_settings(["quantize-aciq.weight_bits=5"])
-            >>> recipe.passes[-1].weight_bits
-            5
+            >>> recipe = Recipe.load("minmax-int8").with_settings(["quantize-minmax.weight_bits=5"])
+            >>> [one.weight_bits for one in recipe.passes if one.name == "quantize-minmax"]
+            [5]
         """
         recipe = self
         for setting in settings:
@@ -306,4 +306,4 @@ def _toml(value: Any) -> str:
         return _toml(value.value)
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML bars a raw DEL

@@ -130,11 +130,18 @@ def _first(args: Any) -> Any:
 
 
 def _joined(sample: list[tuple[Any, ...]], images: int) -> tuple[Any, ...]:
-    """The kept batches as one."""
+    """The kept batches as one; inputs that are no batch (a mask for all images) are taken once."""
+    sizes = [_size(batch[0]) for batch in sample]
     columns = list(zip(*sample, strict=True))
-    return tuple(
-        torch.cat(column)[:images] if _can_join(column) else column[0] for column in columns
-    )
+    batched = [[_size(value) for value in column] == sizes for column in columns]
+    pairs = list(zip(columns, batched, strict=True))
+    if not all(_can_join(column) for column, is_batch in pairs if is_batch):
+        return sample[0]
+    return tuple(torch.cat(column)[:images] if b else column[0] for column, b in pairs)
+
+
+def _size(value: Any) -> int | None:
+    return len(value) if isinstance(value, torch.Tensor) and value.dim() else None
 
 
 def _can_join(column: tuple[Any, ...]) -> bool:

@@ -18,7 +18,7 @@ from fxq.errors import SpecError
 from fxq.numerics.aciq import Prior, aciq_range
 from fxq.numerics.affine import short_scale
 from fxq.numerics.allocation import allocate_bins, allocate_mean_bits
-from fxq.numerics.clipping import mse_weight_scale
+from fxq.numerics.clipping import least_error_range, mse_weight_scale
 from fxq.quant.observers import HistogramObserver, Observer
 
 from .quantization import Place, Quantization, WeightCodes, nearest_codes
@@ -64,6 +64,8 @@ class QuantizeAciq(Quantization):
         prior: The law activations are taken to follow.
         mean_aware: Whether the clip of a fused ReLU accounts for the mean in closed form; the
             authors' code adds the mean to the zero-mean clip.
+        guard: Whether the whole range is kept where it has the smaller error on the observed
+            distribution, which is never quite the assumed one.
         weight_range: How each channel's weight range is chosen.
         bias_correction: What is restored of each channel's weights.
         allocation: How bits are spread over the channels of a layer.
@@ -78,6 +80,7 @@ class QuantizeAciq(Quantization):
     activation_bits: int = 4
     prior: Prior = Prior.LAPLACE
     mean_aware: bool = True
+    guard: bool = True
     weight_range: WeightRange = WeightRange.ABSMAX
     bias_correction: BiasCorrection = BiasCorrection.MEAN
     allocation: Allocation = Allocation.NONE
@@ -94,7 +97,7 @@ class QuantizeAciq(Quantization):
             )
         laplace = self.prior is Prior.LAPLACE
         spread = observer.abs_deviation() if laplace else observer.std()
-        return aciq_range(
+        clipped = aciq_range(
             observer.mean(),
             spread,
             low,
@@ -103,6 +106,13 @@ class QuantizeAciq(Quantization):
             prior=self.prior,
             fused_relu=place.relu,
             mean_aware=self.mean_aware,
+        )
+        if not self.guard or observer.channels is not None:
+            return clipped
+        bottom = torch.zeros_like(low) if place.relu else low
+        candidates = [torch.stack(ends) for ends in zip((bottom, high), clipped, strict=True)]
+        return least_error_range(
+            observer.histogram, *candidates, place.bits, fused_relu=place.relu
         )
 
     def weight_codes(self, weight: torch.Tensor, bits: int) -> WeightCodes:

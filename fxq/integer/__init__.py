@@ -1,1 +1,1 @@
-"""The program in integers: what backends run, what artifacts store, and what it computes exactly."""
+"""The program in integers: what backends run, artifacts store, and what it exactly computes."""

@@ -20,20 +20,78 @@ from torch import nn
 from fxq.errors import ArtifactError
 
 _OPERATORS = frozenset(
-    "add sub mul truediv floordiv mod pow neg pos abs matmul getitem eq ne lt le gt ge and_ or_ "
-    "xor invert not_ lshift rshift iadd isub imul itruediv".split()
+    [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "neg",
+        "pos",
+        "abs",
+        "matmul",
+        "getitem",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "and_",
+        "or_",
+        "xor",
+        "invert",
+        "not_",
+        "lshift",
+        "rshift",
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+    ]
 )
 _NO_TORCH = frozenset(
-    "from_file set_num_threads manual_seed save load compile import_ir_module frombuffer "
-    "init_num_threads".split()
+    [
+        "from_file",
+        "set_num_threads",
+        "manual_seed",
+        "save",
+        "load",
+        "compile",
+        "import_ir_module",
+        "frombuffer",
+        "init_num_threads",
+    ]
 )
 _NO_METHODS = frozenset(
-    "apply_ map_ map2_ backward register_hook register_post_accumulate_grad_hook share_memory_ "
-    "set_ storage untyped_storage numpy retain_grad requires_grad_ resize_ resize_as_ data_ptr "
-    "tolist item module_load record_stream".split()
+    [
+        "apply_",
+        "map_",
+        "map2_",
+        "backward",
+        "register_hook",
+        "register_post_accumulate_grad_hook",
+        "share_memory_",
+        "set_",
+        "storage",
+        "untyped_storage",
+        "numpy",
+        "retain_grad",
+        "requires_grad_",
+        "resize_",
+        "resize_as_",
+        "data_ptr",
+        "const_data_ptr",
+        "module_load",
+        "record_stream",
+    ]
 )
-_BUILTINS: dict[str, Callable[..., Any]] = {"getattr": getattr}
-_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT"})
+_NO_FUNCTIONAL = frozenset(["boolean_dispatch", "assert_int_or_pair"])
+_ATTRIBUTES = frozenset(
+    ["shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "data", "is_cuda"]
+)
 _TORCHVISION = {
     "torchvision.models.swin_transformer": {
         "shifted_window_attention",
@@ -99,8 +157,11 @@ def resolve(target: str) -> Callable[..., Any]:
 
 def method_allowed(name: str) -> bool:
     """Whether an artifact may call a tensor method."""
-    return name.isidentifier() and not name.startswith("_") and name not in _NO_METHODS and callable(
-        getattr(torch.Tensor, name, None)
+    return (
+        name.isidentifier()
+        and not name.startswith("_")
+        and name not in _NO_METHODS
+        and callable(getattr(torch.Tensor, name, None))
     )
 
 
@@ -108,6 +169,11 @@ def call_method(name: str, *args: Any, **kwargs: Any) -> Any:
     """The result of a tensor method of the list."""
     if not method_allowed(name) or not isinstance(args[0], (torch.Tensor, torch.Size)):
         raise ArtifactError(f"the artifact calls {name!r}, which is not a method it may use")
+    return call_any_method(name, *args, **kwargs)
+
+
+def call_any_method(name: str, *args: Any, **kwargs: Any) -> Any:
+    """The result of a method of the first argument; never what an artifact names."""
     return getattr(args[0], name)(*args[1:], **kwargs)
 
 
@@ -139,7 +205,8 @@ def _from_functional(name: str) -> Any:
     is_native = found is not None and (
         found is getattr(torch._C._nn, name, None) or found is getattr(torch, name, None)
     )
-    return found if not name.startswith("_") and (own or is_native) else None
+    allowed = not name.startswith("_") and name not in _NO_FUNCTIONAL
+    return found if allowed and not isinstance(found, type) and (own or is_native) else None
 
 
 _FAMILIES: dict[str, Callable[[str], Any]] = {
@@ -157,6 +224,9 @@ def _aliases(owner: Any, function: Any) -> list[str]:
 # ---- modules ---------------------------------------------------------------------------------
 
 _PLAIN = (bool, int, float, str, type(None))
+_OWN = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_DERIVED = frozenset(["_flat_weights", "_flat_weight_refs"])  # of recurrent modules
 
 
 def describe_module(module: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
@@ -168,25 +238,24 @@ def describe_module(module: nn.Module) -> tuple[dict[str, Any], dict[str, torch.
     description = _describe(module)
     if description is None:
         return None
-    tensors = {name: value.detach() for name, value in module.named_parameters()}
-    tensors |= {name: value for name, value in module.named_buffers() if value is not None}
-    return description, tensors
+    parameters = module.named_parameters(remove_duplicate=False)
+    tensors = {name: value.detach() for name, value in parameters}
+    return description, tensors | dict(module.named_buffers(remove_duplicate=False))
 
 
 def _describe(module: nn.Module) -> dict[str, Any] | None:
     kind = type(module)
     if class_of(f"{kind.__module__}.{kind.__qualname__}") is not kind:
         return None
-    children = {name: _describe(child) for name, child in module.named_children()}
-    if any(child is None for child in children.values()):
+    modules = {name: child for name, child in module._modules.items() if child is not None}
+    children = {name: _describe(child) for name, child in modules.items()}
+    names = vars(module).keys() - _OWN - _DERIVED
+    attributes = {name: value for name, value in vars(module).items() if name in names}
+    hooked = any(getattr(module, name) for name in _HOOKS)
+    if hooked or None in children.values() or not _is_plain(list(attributes.values())):
         return None
-    private = set(nn.Module().__dict__)
-    attributes = {
-        name: value
-        for name, value in vars(module).items()
-        if name not in private and _is_plain(value)
-    }
-    empty = [n for n, value in (*module._parameters.items(), *module._buffers.items()) if value is None]
+    slots = (module._parameters, module._buffers, module._modules)
+    empty = [name for slot in slots for name, value in slot.items() if value is None]
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "attributes": attributes,
@@ -227,10 +296,7 @@ def build_module(description: dict[str, Any], tensors: dict[str, torch.Tensor]) 
         )
     module = kind.__new__(kind)
     nn.Module.__init__(module)
-    for name, value in description["attributes"].items():
-        if not str(name).isidentifier() or not _is_plain(value) or str(name).startswith("__"):
-            raise ArtifactError(f"the artifact sets the attribute {name!r}, which it may not")
-        module.__dict__[name] = value
+    _set_attributes(module, description["attributes"])
     for name in description["empty"]:
         module.register_parameter(name, None)
     for name, child in description["children"].items():
@@ -239,8 +305,23 @@ def build_module(description: dict[str, Any], tensors: dict[str, torch.Tensor]) 
         module.add_module(name, build_module(child, own))
     for name, tensor in tensors.items():
         if "." not in name:
-            module.register_parameter(name, nn.Parameter(tensor, requires_grad=False)) if (
-                tensor.is_floating_point()
-            ) else module.register_buffer(name, tensor)
+            _set_tensor(module, name, tensor)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
     module.training = False
     return module
+
+
+def _set_attributes(module: nn.Module, attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
+        known = not str(name).isidentifier() or str(name).startswith("__") or name in _OWN
+        if known or not _is_plain(value) or callable(getattr(module, name, None)):
+            raise ArtifactError(f"the artifact sets the attribute {name!r}, which it may not")
+        module.__dict__[name] = value
+
+
+def _set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point():
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    else:
+        module.register_buffer(name, tensor)

@@ -120,15 +120,29 @@ def _room_for_bias(
     return torch.round(codes.double() * ratio).to(torch.int8), wider.to(torch.float32)
 
 
-def ones_layer(channels: int, kernel: tuple[int, int]) -> IntegerLayer:
-    """The depthwise convolution that averages windows: weights of one, scaled by their number."""
+def average_layer(channels: int, pool: dict[str, Any]) -> tuple[IntegerLayer, dict[str, Any]]:
+    """An average pool as a depthwise convolution: weights of one, scaled by their number.
+
+    Args:
+        channels: Number of channels.
+        pool: Kernel size, stride and padding, as pairs.
+    """
+    kernel = pool["kernel_size"]
     count = kernel[0] * kernel[1]
-    return IntegerLayer(
+    layer = IntegerLayer(
         weight=torch.ones(channels, 1, *kernel, dtype=torch.int8),
         scale=torch.full((channels,), 1.0 / count),
         bias=torch.zeros(channels, dtype=torch.int32),
         bits=torch.full((channels,), 8, dtype=torch.uint8),
     )
+    geometry = {
+        "relu": False,
+        "stride": pool["stride"],
+        "padding": pool["padding"],
+        "dilation": (1, 1),
+        "groups": channels,
+    }
+    return layer, geometry
 
 
 def conv_geometry(layer: nn.Module) -> dict[str, Any]:
@@ -154,6 +168,12 @@ def conv_geometry(layer: nn.Module) -> dict[str, Any]:
         "groups": int(conv.groups),
         "pad_before": before,
     }
+
+
+def could_overflow(module: QuantizedLayer) -> bool:
+    """Whether some input's products and bias could add up to more than 32 bits hold."""
+    codes = module.codes.flatten(1).to(torch.int32).abs()
+    return int(codes.sum(1, dtype=torch.int64).max()) * 255 + BIAS_LIMIT >= 2**31
 
 
 def is_supported(module: nn.Module) -> bool:

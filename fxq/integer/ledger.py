@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fxq.errors import ArtifactError
+from fxq.graph.program import Program
+from fxq.trail.journal import Journal
 
 PLACES = ("int8", "folded", "float")
 
@@ -82,6 +84,22 @@ class Ledger:
             ArtifactError: The data is not a ledger.
         """
         try:
+            if not isinstance(data, list):
+                raise TypeError(f"it is a {type(data).__name__}, not a list")
             return cls(tuple(LedgerEntry(**entry) for entry in data))
         except TypeError as error:
             raise ArtifactError(f"the ledger is damaged: {error}") from error
+
+
+def removed_by_passes(program: Program, journal: Journal | None) -> list[LedgerEntry]:
+    """The captured nodes that passes folded away; none where there is no journal."""
+    if journal is None:
+        return []
+    present = {node.name for node in program.nodes()}
+    captured = {record.name for record in journal[0].before.nodes} if len(journal) else set()
+    return [
+        LedgerEntry(change.name, change.name, change.before.op, "folded", f"by {step.name}")
+        for step in journal
+        for change in step.delta.of("removed")
+        if change.before is not None and change.name in captured and change.name not in present
+    ]

@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxq.backend import Obstacle
 from fxq.graph.ops import ANCHORS, Kind, Op, describe, target_name
 from fxq.graph.program import Program, facts, layer_path
-from fxq.integer.float_ops import describe_module, target_of
+from fxq.integer.arguments import Register, registers_in
+from fxq.integer.islands import float_call
 from fxq.integer.layers import (
     IntegerLayer,
+    average_layer,
     conv_geometry,
+    could_overflow,
     integer_layer,
     is_supported,
-    ones_layer,
 )
-from fxq.integer.ledger import Ledger, LedgerEntry
-from fxq.integer.program import Grid, Instruction, IntegerProgram, Register, registers_in
-from fxq.quant.observers import Observer
+from fxq.integer.ledger import Ledger, LedgerEntry, removed_by_passes
+from fxq.integer.program import Grid, Instruction, IntegerProgram
 from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer
 from fxq.trail.journal import Journal
 
@@ -63,7 +63,7 @@ class Lowering:
         result = IntegerProgram(
             tuple(self.inputs), self.steps, self.output, self.tensors, self.foreign
         )
-        drop_unused(result)
+        result.drop_unused()
         return result
 
     # ---- edges of the program ----------------------------------------------------------------
@@ -105,6 +105,8 @@ class Lowering:
             why = why or "its input is not quantized"
         elif not isinstance(op.module, QuantizedLayer) or not is_supported(op.module):
             why = why or "it was not quantized"
+        elif could_overflow(op.module):
+            why = why or "its sums could leave 32 bits"
         elif needs_grid and grid is None:
             why = why or "its output has no scale"
         else:
@@ -122,7 +124,7 @@ class Lowering:
     ) -> None:
         assert source.grid is not None
         layer = integer_layer(module, source.grid)
-        attributes: dict[str, Any] = {"relu": self._fused_relu(node) is not None}
+        attributes: dict[str, Any] = {"relu": self._kernel_relu(node, grid) is not None}
         register = source.register
         if isinstance(module.layer, nn.Linear):
             name = "linear"
@@ -131,8 +133,9 @@ class Lowering:
             attributes |= conv_geometry(module.layer)
             before = attributes.pop("pad_before")
             if before:
+                name_of_pad = self._new_name(f"{node.name}_pad")
                 register = self._emit_register(
-                    f"{node.name}_pad", "pad", (register,), {"pad": before}, grid=source.grid
+                    name_of_pad, "pad", (register,), {"pad": before}, grid=source.grid
                 )
         self._computed(node, name, (register,), attributes, layer, target, grid)
 
@@ -151,17 +154,26 @@ class Lowering:
         for role, tensor in (layer.tensors() if layer is not None else {}).items():
             tensors[role] = f"{node.name}.{role}"
             self.tensors[tensors[role]] = tensor
-        relu = self._fused_relu(node)
+        relu = self._kernel_relu(node, grid)
         fused = [node] + ([relu] if relu is not None else [])
         sources = tuple(one.name for one in fused)
         register = self._emit_register(
             node.name, name, inputs, attributes, tensors, grid, sources=sources
         )
+        upper = facts(relu).upper if relu is not None else None
+        if relu is not None and grid is not None and upper is not None:
+            register = self._bounded(relu, register, grid, grid.code_of(upper))
         for one in (*fused, *([target] if target is not None else [])):
             self.values[one] = _Value(register, grid)
         self._record(node, "int8", "")
         if relu is not None:
             self._record(relu, "folded", f"runs in the kernel of %{node.name}")
+
+    def _bounded(self, relu: fx.Node, register: str, grid: Grid, top: int) -> str:
+        """Codes that a ReLU6 also bounds from above, where the grid goes beyond its bound."""
+        if top >= grid.top:
+            return register
+        return self._emit_register(relu.name, "relu", (register,), {"top": top}, grid=grid)
 
     def _add(self, node: fx.Node, op: Op) -> None:
         values = [self.values[source] for source in op.inputs]
@@ -188,16 +200,7 @@ class Lowering:
                 node, "global_avg_pool", (value.register,), attributes, None, target, grid
             )
             return
-        channels = int(shape[1])
-        kernel = op.attributes["kernel_size"]
-        attributes = {
-            "relu": False,
-            "stride": op.attributes["stride"],
-            "padding": op.attributes["padding"],
-            "dilation": (1, 1),
-            "groups": channels,
-        }
-        layer = ones_layer(channels, kernel)
+        layer, attributes = average_layer(int(shape[1]), op.attributes)
         self._computed(node, "conv", (value.register,), attributes, layer, target, grid)
 
     def _cat(self, node: fx.Node, op: Op) -> None:
@@ -221,8 +224,7 @@ class Lowering:
             attributes["keywords"] = self._arguments(attributes.get("keywords", {}), codes=True)
         if op.kind is Kind.RELU:
             upper = attributes.pop("upper", None)
-            top = value.grid.top if upper is None else _code_of(upper, value.grid)
-            attributes = {"top": top}
+            attributes = {"top": value.grid.top if upper is None else value.grid.code_of(upper)}
         self._emit(node, str(op.kind.value), (value.register,), attributes, grid=value.grid)
 
     def _identity(self, node: fx.Node, op: Op) -> None:
@@ -232,7 +234,8 @@ class Lowering:
     # ---- float -------------------------------------------------------------------------------
 
     def _size(self, node: fx.Node, op: Op) -> None:
-        self._float_call(node, op, "", codes=True)
+        is_dtype = node.target is getattr and node.args[1] == "dtype"
+        self._float_call(node, op, "", codes=not is_dtype)
         self.ledger.pop(node, None)
 
     def _float(self, node: fx.Node, op: Op) -> None:
@@ -241,37 +244,20 @@ class Lowering:
     def _float_call(self, node: fx.Node, op: Op, why: str, codes: bool = False) -> None:
         arguments = self._arguments(node.args, codes)
         keywords = self._arguments(node.kwargs, codes)
-        attributes: dict[str, Any] = {"arguments": tuple(arguments), "keywords": keywords}
-        tensors: dict[str, str] = {}
-        name = "float"
-        if node.op == "call_module":
-            name = "module"
-            tensors = self._float_module(node, op.module, attributes)
-        elif node.op == "call_method":
-            attributes["target"] = f"method.{node.target}"
-        else:
-            attributes["target"] = target_of(node.target) or self._foreign(node, node.target)
-        inputs = tuple(dict.fromkeys(_registers(arguments) + _registers(keywords)))
-        self._emit(node, name, inputs, attributes, tensors)
+        call = float_call(node, op.module)
+        attributes = {"arguments": tuple(arguments), "keywords": keywords, **call.attributes}
+        if call.foreign is not None:
+            attributes["foreign"] = self._foreign(node, call.foreign)
+        names = {role: f"{node.name}.{role}" for role in call.tensors}
+        self.tensors |= {names[role]: tensor.clone() for role, tensor in call.tensors.items()}
+        inputs = tuple(dict.fromkeys([*registers_in(arguments), *registers_in(keywords)]))
+        self._emit(node, call.op, inputs, attributes, names)
         self._record(node, "float", why)
 
-    def _float_module(
-        self, node: fx.Node, module: nn.Module | None, attributes: dict[str, Any]
-    ) -> dict[str, str]:
-        plain = module.layer if isinstance(module, QuantizedLayer) else module
-        assert plain is not None
-        described = describe_module(plain)
-        if described is None:
-            attributes["foreign"] = self._foreign(node, plain)
-            return {}
-        attributes["module"], tensors = described
-        names = {role: f"{node.name}.{role}" for role in tensors}
-        for role, tensor in tensors.items():
-            self.tensors[names[role]] = tensor.clone()
-        return names
-
-    def _foreign(self, node: fx.Node, function: Any) -> str:
+    def _foreign(self, node: fx.Node, function: Callable[..., Any]) -> str:
         name = f"foreign.{layer_path(node)}"
+        if self.foreign.get(name, function) is not function:
+            name = f"foreign.{node.name}"
         self.foreign[name] = function
         return name
 
@@ -296,7 +282,7 @@ class Lowering:
             return value.register
         if value.register not in self._floats:
             self._floats[value.register] = self._emit_register(
-                f"{value.register}_float", "dequantize", (value.register,), {}
+                self._new_name(f"{value.register}_float"), "dequantize", (value.register,), {}
             )
         return self._floats[value.register]
 
@@ -330,9 +316,21 @@ class Lowering:
         self.steps.append(Instruction(name, op, inputs, attributes, tensors or {}, grid, sources))
         return name
 
+    def _new_name(self, name: str) -> str:
+        """That name, or one like it that no node of the graph has."""
+        while any(node.name == name for node in self.program.nodes()):
+            name += "_"
+        return name
+
     def _fused_relu(self, node: fx.Node) -> fx.Node | None:
         name = facts(node).fused_relu
         return self.program.node(name) if name is not None else None
+
+    def _kernel_relu(self, node: fx.Node, grid: Grid | None) -> fx.Node | None:
+        """The fused ReLU that a kernel computes; one that is bounded needs a grid to end it."""
+        relu = self._fused_relu(node)
+        bounded = relu is not None and facts(relu).upper is not None
+        return None if grid is None and bounded else relu
 
     def _quantizer_after(self, node: fx.Node) -> fx.Node | None:
         """The quantizer that alone reads a node, or its fused ReLU."""
@@ -386,64 +384,11 @@ def lower_to_integers(
     walk = Lowering(program)
     result = walk.run()
     entries = {entry.node: entry for entry in walk.ledger.values()}
-    for entry in _removed(program, journal):
+    for entry in removed_by_passes(program, journal):
         entries.setdefault(entry.node, entry)
     return result, Ledger(tuple(entries.values()))
-
-
-def obstacles(program: Program) -> list[Obstacle]:
-    """What in a program has no integer form and is not float either: a simulation only."""
-    found = []
-    for node in program.nodes():
-        module = program.submodule(node)
-        if isinstance(module, Observer):
-            found.append(Obstacle(node.name, "is an observer; run a quantize pass first"))
-        elif isinstance(module, ActivationQuantizer) and module.per_channel:
-            found.append(
-                Obstacle(
-                    node.name,
-                    "quantizes activations per channel, which integer kernels cannot multiply; "
-                    "set per_channel = false on insert-observers",
-                )
-            )
-    return found
-
-
-def drop_unused(program: IntegerProgram) -> None:
-    """Every instruction and tensor that does not reach the output is gone."""
-    needed = set(registers_in(program.output))
-    kept: list[Instruction] = []
-    for step in reversed(program.instructions):
-        if step.name in needed:
-            kept.append(step)
-            needed.update(step.inputs, registers_in(step.attributes))
-    program.instructions = kept[::-1]
-    used = {name for step in kept for name in step.tensors.values()}
-    program.tensors = {name: value for name, value in program.tensors.items() if name in used}
-
-
-def _removed(program: Program, journal: Journal | None) -> list[LedgerEntry]:
-    """The captured nodes that passes folded away."""
-    if journal is None:
-        return []
-    present = {node.name for node in program.nodes()}
-    captured = {record.name for record in journal[0].before.nodes} if len(journal) else set()
-    return [
-        LedgerEntry(change.name, change.name, change.before.op, "folded", f"by {step.name}")
-        for step in journal
-        for change in step.delta.of("removed")
-        if change.before is not None and change.name in captured and change.name not in present
-    ]
 
 
 def _grid(module: nn.Module | None) -> Grid:
     assert isinstance(module, ActivationQuantizer)
     return Grid(float(module.scale), int(module.zero_point), module.bits)
-
-
-def _code_of(value: float, grid: Grid) -> int:
-    return min(grid.top, round(value / grid.scale) + grid.zero_point)
-
-
-def _registers(value: Any) -> list[str]:
-    return list(registers_in(value))

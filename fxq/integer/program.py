@@ -1,6 +1,6 @@
 """`IntegerProgram`: a flat list of instructions on integer codes and float islands, as plain data.
 
-Every quantized register holds codes ``0 .. 2**bits - 1`` with ``value = scale * (code - zero_point)``.
+Every quantized register holds codes ``0 .. 2**bits - 1``; ``value = scale * (code - zero_point)``.
 The instructions and what they compute exactly (``f32`` is rounding to float32, ``rint`` rounds half
 to even, ``clamp`` is to the codes of the grid, from the zero point up where a ReLU is fused):
 
@@ -8,7 +8,7 @@ to even, ``clamp`` is to the codes of the grid, from the zero point up where a R
 quantize         ``clamp(rint(f32(x / scale + zero_point)))`` with ``1 / scale`` in float32
 dequantize       ``scale * (q - zero_point)``, exact in float32
 requantize       ``quantize(dequantize(q))``
-conv, linear     ``clamp(rint(f32(f32(acc + bias) * m)) + zero_point)``, ``m = f32(f32(sx * sw) / sy)``
+conv, linear     ``clamp(rint(f32(f32(acc + bias) * m)) + zero_point)``
 linear to float  ``f32(acc * f32(sx * sw) + f32(bias * f32(sx * sw)))``, one rounding
 add              ``clamp(rint(f32(f32(a + b) * f32(1 / scale))) + zero_point)``, dequantized a, b
 global_avg_pool  ``clamp(rint(f32(f32(sum(q - zx)) * f32(sx / (n * sy)))) + zero_point)``
@@ -18,31 +18,48 @@ relu
 float, module    a PyTorch operator or module in float
 ===============  ===============================================================================
 
-``acc`` is the exact integer ``sum((q - zx) * w)``, ``bias`` an int32. Scales have 16 significant bits,
-which is what makes ``scale * (q - zero_point)`` exact. An average pool is a depthwise conv of ones.
+``acc`` is the exact integer ``sum((q - zx) * w)``, ``bias`` an int32, and ``m`` is
+``f32(sx * sw) / sy``. Scales have 16 significant bits, which is what makes
+``scale * (q - zero_point)`` exact. An average pool is a depthwise conv of ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fxq.errors import ArtifactError
+from fxq.integer.arguments import decode, encode, registers_in
 
 FORMAT = 1
 
 OPS = frozenset(
-    "quantize dequantize requantize conv linear add cat max_pool global_avg_pool relu pad reshape "
-    "float module constant".split()
+    [
+        "quantize",
+        "dequantize",
+        "requantize",
+        "conv",
+        "linear",
+        "add",
+        "cat",
+        "max_pool",
+        "global_avg_pool",
+        "relu",
+        "pad",
+        "reshape",
+        "float",
+        "module",
+        "constant",
+    ]
 )
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The numbers that codes stand for: ``scale * (code - zero_point)``, codes ``0 .. 2**bits-1``."""
+    """What codes ``0 .. 2**bits - 1`` stand for: ``scale * (code - zero_point)``."""
 
     scale: float
     zero_point: int
@@ -53,12 +70,9 @@ class Grid:
         """The largest code."""
         return int(2**self.bits - 1)
 
-
-@dataclass(frozen=True)
-class Register:
-    """A reference to the value of an instruction or input, inside an argument list."""
-
-    name: str
+    def code_of(self, value: float) -> int:
+        """The code nearest to a value from above zero."""
+        return min(self.top, round(value / self.scale) + self.zero_point)
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,11 @@ class Instruction:
     tensors: dict[str, str] = field(default_factory=dict)
     grid: Grid | None = None
     sources: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Every register it reads: its inputs, and sizes among its attributes."""
+        return (*self.inputs, *registers_in(self.attributes))
 
 
 @dataclass
@@ -119,9 +138,23 @@ class IntegerProgram:
         found: dict[str, list[Instruction]] = {name: [] for name in self.inputs}
         for step in self.instructions:
             found[step.name] = []
-            for name in step.inputs:
+            for name in dict.fromkeys(step.reads):
                 found[name].append(step)
         return found
+
+    def drop_unused(self) -> None:
+        """Every instruction and tensor that does not reach the output is gone."""
+        needed = set(registers_in(self.output))
+        kept: list[Instruction] = []
+        for step in reversed(self.instructions):
+            if step.name in needed:
+                kept.append(step)
+                needed.update(step.reads)
+        self.instructions = kept[::-1]
+        used = {name for step in kept for name in step.tensors.values()}
+        self.tensors = {name: value for name, value in self.tensors.items() if name in used}
+        called = {step.attributes.get("foreign") for step in kept}
+        self.foreign = {name: code for name, code in self.foreign.items() if name in called}
 
     def weight_bytes(self) -> int:
         """Bytes of all weights, with each integer weight at its nominal number of bits."""
@@ -142,7 +175,8 @@ class IntegerProgram:
         """The structure as JSON-ready data; tensors are stored apart.
 
         Raises:
-            ArtifactError: It calls code of the user's own, which an artifact never holds.
+            ArtifactError: It calls code of the user's own, or with an argument that is no plain
+                data; an artifact holds neither.
         """
         if self.foreign:
             raise ArtifactError(
@@ -150,11 +184,16 @@ class IntegerProgram:
                 "never holds",
                 hint="use the module in this process, or keep such layers outside the model",
             )
+        try:
+            output = encode(self.output)
+            steps = [_step_to_json(step) for step in self.instructions]
+        except TypeError as error:
+            raise ArtifactError(f"the program cannot be stored: {error}") from error
         return {
             "format": FORMAT,
             "inputs": list(self.inputs),
-            "output": encode(self.output),
-            "instructions": [_step_to_json(step) for step in self.instructions],
+            "output": output,
+            "instructions": steps,
         }
 
     @classmethod
@@ -186,149 +225,32 @@ class IntegerProgram:
         Raises:
             ArtifactError: One does not.
         """
-        known = set(self.inputs)
+        from fxq.integer.checks import check_step
+
+        known: dict[str, Grid | None] = dict.fromkeys(self.inputs)
         for step in self.instructions:
-            if step.op not in OPS:
-                raise ArtifactError(f"there is no instruction {step.op!r}", where=f"%{step.name}")
-            for name in (*step.inputs, *registers_in(step.attributes)):
-                if name not in known:
-                    raise ArtifactError(f"%{name} is read before it is written", where=step.name)
-            for role, name in step.tensors.items():
-                if name not in self.tensors:
-                    raise ArtifactError(f"the {role} tensor {name!r} is missing", where=step.name)
-            known.add(step.name)
+            self._check_names(step, known)
+            check_step(self, step, known)
+            known[step.name] = step.grid
         for name in registers_in(self.output):
             if name not in known:
                 raise ArtifactError(f"the output reads %{name}, which nothing writes")
 
+    def _check_names(self, step: Instruction, known: Container[str]) -> None:
+        if step.op not in OPS:
+            raise ArtifactError(f"there is no instruction {step.op!r}", where=f"%{step.name}")
+        if step.name in known:
+            raise ArtifactError(f"%{step.name} is written twice")
+        for name in step.reads:
+            if name not in known:
+                raise ArtifactError(f"%{name} is read before it is written", where=step.name)
+        for role, name in step.tensors.items():
+            if name not in self.tensors:
+                raise ArtifactError(f"the {role} tensor {name!r} is missing", where=step.name)
+
 
 def _is_stored(name: str) -> bool:
     return not name.endswith(".bits")
-
-
-def registers_in(value: Any) -> Iterator[str]:
-    """The registers named anywhere inside an argument."""
-    if isinstance(value, Register):
-        yield value.name
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from registers_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from registers_in(item)
-    elif isinstance(value, slice):
-        yield from registers_in((value.start, value.stop, value.step))
-
-
-def substitute(value: Any, environment: dict[str, Any]) -> Any:
-    """An argument with every register replaced by its value."""
-    if isinstance(value, Register):
-        return environment[value.name]
-    if isinstance(value, dict):
-        return {key: substitute(item, environment) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(substitute(item, environment) for item in value)
-    if isinstance(value, slice):
-        return slice(*substitute((value.start, value.stop, value.step), environment))
-    return value
-
-
-def rename(value: Any, names: dict[str, str]) -> Any:
-    """An argument with registers renamed."""
-    return substitute(value, {old: Register(new) for old, new in names.items()})
-
-
-# ---- JSON ------------------------------------------------------------------------------------
-
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float32,
-        torch.float64,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    )
-}
-_FORMATS = {
-    "contiguous_format": torch.contiguous_format,
-    "channels_last": torch.channels_last,
-    "preserve_format": torch.preserve_format,
-}
-
-
-def encode(value: Any) -> Any:
-    """An argument as JSON-ready data.
-
-    Raises:
-        TypeError: It is of a kind that cannot be stored.
-
-    Example:
-        >>> encode((Register("x"), slice(0, 2), torch.float32))
-        {'tuple': [{'register': 'x'}, {'slice': [0, 2, None]}, {'dtype': 'float32'}]}
-    """
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else {"float": str(value)}
-    for kind, test in _ENCODERS:
-        if isinstance(value, kind):
-            return test(value)
-    raise TypeError(f"a {type(value).__name__} cannot be stored")
-
-
-def _encode_dict(value: dict[Any, Any]) -> Any:
-    return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
-
-
-_ENCODERS: tuple[tuple[Any, Any], ...] = (
-    (Register, lambda value: {"register": value.name}),
-    (torch.Size, lambda value: {"tuple": [int(item) for item in value]}),
-    (tuple, lambda value: {"tuple": [encode(item) for item in value]}),
-    (list, lambda value: [encode(item) for item in value]),
-    (dict, _encode_dict),
-    (slice, lambda value: {"slice": [encode(v) for v in (value.start, value.stop, value.step)]}),
-    (torch.dtype, lambda value: {"dtype": str(value).removeprefix("torch.")}),
-    (torch.device, lambda value: {"device": str(value)}),
-    (torch.memory_format, lambda value: {"memory_format": str(value).removeprefix("torch.")}),
-    (type(Ellipsis), lambda value: {"ellipsis": True}),
-)
-
-
-def decode(value: Any) -> Any:
-    """The argument that `encode` wrote.
-
-    Raises:
-        ValueError: The data is not an encoded argument.
-    """
-    if isinstance(value, list):
-        return [decode(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if len(value) != 1:
-        raise ValueError(f"not an encoded argument: {value!r}")
-    ((kind, content),) = value.items()
-    if kind not in _DECODERS:
-        raise ValueError(f"not an encoded argument: {kind!r}")
-    return _DECODERS[kind](content)
-
-
-_DECODERS: dict[str, Any] = {
-    "register": lambda content: Register(str(content)),
-    "float": float,
-    "tuple": lambda content: tuple(decode(item) for item in content),
-    "dict": lambda content: {decode(key): decode(item) for key, item in content},
-    "slice": lambda content: slice(*(decode(item) for item in content)),
-    "dtype": lambda content: _DTYPES[content],
-    "device": torch.device,
-    "memory_format": lambda content: _FORMATS[content],
-    "ellipsis": lambda content: Ellipsis,
-}
 
 
 def _step_to_json(step: Instruction) -> dict[str, Any]:
@@ -354,8 +276,3 @@ def _step_from_json(entry: dict[str, Any]) -> Instruction:
         grid=None if grid is None else Grid(float(grid[0]), int(grid[1]), int(grid[2])),
         sources=tuple(entry.get("sources", ())),
     )
-
-
-def with_name(step: Instruction, name: str) -> Instruction:
-    """The same instruction writing another register."""
-    return replace(step, name=name)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fxq.integer.arguments import registers_in, substitute
 from fxq.integer.float_ops import build_module, resolve
 from fxq.integer.layers import accumulator_scale
-from fxq.integer.program import Grid, Instruction, IntegerProgram, registers_in, substitute
+from fxq.integer.program import Grid, Instruction, IntegerProgram
 from fxq.numerics.affine import dequantize, quantize_fused
 
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -27,9 +28,9 @@ class Reference:
         program: The program.
 
     Example:
-        >>> program = IntegerProgram(
-        ...     ("x",), [Instruction("q", "quantize", ("x",), grid=Grid(0.5, 1, 2))], Register("q"), {}
-        ... )
+        >>> from fxq.integer.arguments import Register
+        >>> step = Instruction("q", "quantize", ("x",), grid=Grid(0.5, 1, 2))
+        >>> program = IntegerProgram(("x",), [step], Register("q"), {})
         >>> Reference(program)(torch.tensor([-1.0, 0.4, 9.0])).tolist()
         [0, 2, 3]
     """
@@ -56,7 +57,7 @@ class Reference:
     def _quantize(self, step: Instruction, values: Any, grids: Any) -> torch.Tensor:
         return _to_codes(values[step.inputs[0]], _grid(step))
 
-    def _dequantize(self, step: Instruction, values: Any, grids: Any) -> torch.Tensor:
+    def _dequantize(self, step: Instruction, values: Any, grids: Any) -> Any:
         return _to_float(values[step.inputs[0]], grids[step.inputs[0]])
 
     def _requantize(self, step: Instruction, values: Any, grids: Any) -> torch.Tensor:
@@ -173,14 +174,14 @@ _RULES: dict[str, Callable[[Reference, Instruction, Any, Any], Any]] = {
 
 
 def average_multiplier(source: Grid, grid: Grid, count: int) -> torch.Tensor:
-    """``[]`` float32: what a sum of ``count`` centred codes is multiplied by to give output codes."""
+    """``[]`` float32: what turns a sum of ``count`` centred codes into output codes."""
     scale = torch.tensor(source.scale, dtype=torch.float32)
     return scale / (torch.tensor(float(count)) * torch.tensor(grid.scale, dtype=torch.float32))
 
 
 def float_callable(program: IntegerProgram, step: Instruction) -> Callable[..., Any]:
-    """What a float instruction calls: an operator of the list, a rebuilt module, or the user's own."""
-    foreign = step.attributes.get("foreign") or step.attributes.get("target", "")
+    """What a float instruction calls: a listed operator, a rebuilt module, or the user's own."""
+    foreign = step.attributes.get("foreign")
     if foreign in program.foreign:
         return program.foreign[foreign]
     if step.op == "float":
@@ -220,7 +221,9 @@ def _to_codes(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     return quantize_fused(x, grid.scale, grid.zero_point, 0, grid.top)
 
 
-def _to_float(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _to_float(codes: Any, grid: Grid) -> Any:
+    if isinstance(codes, (tuple, list)):
+        return type(codes)(_to_float(item, grid) for item in codes)
     values = dequantize(codes, grid.scale, grid.zero_point)
     # Kernels keep images channels-last, and what a float island sums depends on the layout.
     is_image = values.dim() == 4

@@ -70,6 +70,42 @@ def mse_clip_from_histogram(
     return ends[0].view_as(seen[0]), ends[1].view_as(seen[1])
 
 
+def least_error_range(
+    histogram: Histogram, lows: Tensor, highs: Tensor, bits: int, *, fused_relu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The candidate range whose grid has the smallest mean squared error over the histogram.
+
+    Args:
+        histogram: Of the values to quantize, per tensor (before the ReLU when that is fused).
+        lows: [candidates] float64.
+        highs: [candidates] float64.
+        bits: 1 to 8; the grid is that of `grid_from_range`.
+        fused_relu: Whether negative values become 0.
+
+    Returns:
+        low, high: [] float64.
+
+    Raises:
+        SpecError: Impossible bits.
+        CalibrationError: The histogram is empty.
+
+    Example:
+        >>> histogram = Histogram()
+        >>> histogram.update(torch.cat([torch.linspace(-1, 1, 10_000), torch.tensor([9.0])]))
+        >>> lows, highs = torch.tensor([-1.0, -1.0]).double(), torch.tensor([1.0, 9.0]).double()
+        >>> [end.item() for end in least_error_range(histogram, lows, highs, 4)]
+        [-1.0, 1.0]
+    """
+    low, high = (end.reshape(-1)[0].to(torch.float64) for end in histogram.range())
+    edges, counts = histogram.edges()[0], histogram.counts[0]
+    held = counts.nonzero().squeeze(1)
+    middle = ((edges[held] + edges[held + 1]) / 2).clamp(low, high)
+    if fused_relu:
+        middle = middle.clamp(min=0)
+    best = _best(middle, counts[held].to(torch.float64), lows, highs, bits, symmetric=False)
+    return best[0], best[1]
+
+
 def percentile_range(histogram: Histogram, fraction: float) -> tuple[Tensor, Tensor]:
     """The range that keeps this fraction of the values, cutting equally many at both ends.
 

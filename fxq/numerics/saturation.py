@@ -1,8 +1,8 @@
 """When an 8-bit kernel may lose a product: pairs of products summed in 16 bits.
 
 Kernels for unsigned times signed bytes that use ``vpmaddubsw`` add two neighbouring products in a
-saturating int16. The sum is exact whatever the data if, in every such pair, the positive weights and
-the negative weights each add up to at most ``32767 / largest code``. fbgemm's depthwise kernels
+saturating int16. The sum is exact whatever the data if, in every such pair, the positive weights
+and the negative weights each add up to at most ``32767 / largest code``. fbgemm's depthwise kernels
 always work this way, with taps (0, 1), (2, 3), … of a channel as the pairs.
 """
 

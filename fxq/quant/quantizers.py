@@ -1,4 +1,4 @@
-"""Quantizers of activations, and layers whose weights are integers: what quantize passes put in a graph."""
+"""Quantizers of activations, and layers with integer weights: what quantize passes insert."""
 
 from __future__ import annotations
 

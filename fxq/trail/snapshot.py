@@ -58,7 +58,7 @@ class Snapshot:
         %input_1 = Input:f32[1,4]()
         %_0 = Linear:f32[1,2](%input_1)
         %_1 = ReLU:f32[1,2](%_0)
-        %output = Output(%_1)
+        %output = Output:f32[1,2](%_1)
     """
 
     nodes: tuple[NodeRecord, ...]

@@ -1,0 +1,196 @@
+"""What a stored instruction must look like before any kernel sees it.
+
+An artifact may have been changed by anyone. A kernel given a stride of zero, or weights of another
+dtype, ends the process instead of raising, so the shape of everything is checked first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from fxq.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from fxq.integer.program import Grid, Instruction, IntegerProgram
+
+RESHAPES = frozenset(
+    [
+        "chunk",
+        "contiguous",
+        "flatten",
+        "getitem",
+        "movedim",
+        "narrow",
+        "permute",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "reshape",
+        "select",
+        "split",
+        "squeeze",
+        "swapaxes",
+        "transpose",
+        "unbind",
+        "unflatten",
+        "unsqueeze",
+        "view",
+    ]
+)
+"""What a reshape instruction may call."""
+
+_FLOAT_RESULT = frozenset(["dequantize", "float", "module", "constant"])
+_FLOAT_INPUT = frozenset(["quantize", "float", "module", "constant"])
+_KEEPS_GRID = frozenset(["cat", "max_pool", "relu", "pad", "reshape"])
+_INPUTS = {"add": 2, "constant": 0}
+_ANY_INPUTS = frozenset(["cat", "float", "module"])
+_POOL = frozenset(["kernel_size", "stride", "padding", "dilation", "ceil_mode"])
+
+
+def check_step(program: IntegerProgram, step: Instruction, grids: dict[str, Grid | None]) -> None:
+    """An instruction has what its kernel needs.
+
+    Args:
+        program: The program it belongs to.
+        step: The instruction.
+        grids: The grids of the registers written before it; None for floats.
+
+    Raises:
+        ArtifactError: It has not.
+    """
+    try:
+        _check_grids(step, [grids[name] for name in step.inputs])
+        _CHECKS.get(step.op, _nothing)(program, step)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ArtifactError(
+            f"the {step.op} instruction is damaged: {type(error).__name__} {error}",
+            where=f"%{step.name}",
+            hint="compile again; the file was changed",
+        ) from error
+
+
+def _check_grids(step: Instruction, sources: list[Grid | None]) -> None:
+    if step.op not in _ANY_INPUTS and len(sources) != _INPUTS.get(step.op, 1):
+        raise ValueError(f"it reads {len(sources)} registers")
+    if step.op not in _FLOAT_INPUT and (not sources or None in sources):
+        raise ValueError("it reads a float")
+    if step.grid is not None:
+        _check_grid(step.grid)
+    if step.op != "linear" and (step.grid is None) != (step.op in _FLOAT_RESULT):
+        raise ValueError("it has a grid too many, or none")
+    if step.op in _KEEPS_GRID and any(source != step.grid for source in sources):
+        raise ValueError("its grid is not that of its inputs")
+
+
+def _check_grid(grid: Grid) -> None:
+    if not 1 <= grid.bits <= 8 or not 0 <= grid.zero_point <= grid.top:
+        raise ValueError(f"{grid} is no grid")
+    if not 0 < grid.scale < float("inf"):
+        raise ValueError(f"the scale is {grid.scale}")
+
+
+def _nothing(program: IntegerProgram, step: Instruction) -> None:
+    pass
+
+
+def _layer(program: IntegerProgram, step: Instruction) -> None:
+    weight, scale = program.tensor(step, "weight"), program.tensor(step, "scale")
+    bias, bits = program.tensor(step, "bias"), program.tensor(step, "bits")
+    types = (weight.dtype, scale.dtype, bias.dtype, bits.dtype)
+    if types != (torch.int8, torch.float32, torch.int32, torch.uint8):
+        raise ValueError(f"its tensors are {', '.join(str(one) for one in types)}")
+    out = weight.shape[:1]
+    if not (scale.shape == bias.shape == bits.shape == out) or weight.numel() == 0:
+        raise ValueError("the shapes of its tensors do not fit each other")
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError("a scale of its weights is not positive")
+    _flag(step, "relu")
+
+
+def _conv(program: IntegerProgram, step: Instruction) -> None:
+    _layer(program, step)
+    weight, groups = program.tensor(step, "weight"), step.attributes["groups"]
+    sizes = weight.dim() - 2
+    if sizes not in (1, 2, 3) or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"{groups} groups of {list(weight.shape)}")
+    for name, low in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        _integers(step, name, sizes, low)
+
+
+def _linear(program: IntegerProgram, step: Instruction) -> None:
+    _layer(program, step)
+    if program.tensor(step, "weight").dim() != 2:
+        raise ValueError("its weight is no matrix")
+
+
+def _max_pool(program: IntegerProgram, step: Instruction) -> None:
+    if set(step.attributes) != _POOL:
+        raise ValueError(f"its attributes are {sorted(step.attributes)}")
+    for name, low in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+        _integers(step, name, 2, low)
+    _flag(step, "ceil_mode")
+
+
+def _pad(program: IntegerProgram, step: Instruction) -> None:
+    pad = step.attributes["pad"]
+    if len(pad) % 2 or not all(isinstance(size, int) for size in pad):
+        raise ValueError(f"it pads by {pad}")
+
+
+def _relu(program: IntegerProgram, step: Instruction) -> None:
+    top = step.attributes["top"]
+    if not isinstance(top, int) or step.grid is None or not 0 <= top <= step.grid.top:
+        raise ValueError(f"its upper bound is {top}")
+
+
+def _cat(program: IntegerProgram, step: Instruction) -> None:
+    if not isinstance(step.attributes["dim"], int):
+        raise TypeError("its dim is no integer")
+
+
+def _reshape(program: IntegerProgram, step: Instruction) -> None:
+    if step.attributes["call"] not in RESHAPES:
+        raise ValueError(f"it calls {step.attributes['call']!r}")
+    if not isinstance(step.attributes["arguments"], (tuple, list)):
+        raise TypeError("its arguments are no list")
+
+
+def _constant(program: IntegerProgram, step: Instruction) -> None:
+    program.tensor(step, "value")
+
+
+def _float(program: IntegerProgram, step: Instruction) -> None:
+    if not isinstance(step.attributes["arguments"], (tuple, list)):
+        raise TypeError("its arguments are no list")
+    if not isinstance(step.attributes["keywords"], dict):
+        raise TypeError("its keywords are no mapping")
+
+
+def _flag(step: Instruction, name: str) -> None:
+    if not isinstance(step.attributes[name], bool):
+        raise TypeError(f"{name} is {step.attributes[name]!r}")
+
+
+def _integers(step: Instruction, name: str, count: int, low: int) -> None:
+    values = step.attributes[name]
+    fits = isinstance(values, tuple) and len(values) == count
+    if not fits or not all(isinstance(value, int) and value >= low for value in values):
+        raise ValueError(f"its {name} is {values!r}")
+
+
+_CHECKS: dict[str, Callable[[IntegerProgram, Instruction], None]] = {
+    "conv": _conv,
+    "linear": _linear,
+    "add": lambda program, step: _flag(step, "relu"),
+    "global_avg_pool": lambda program, step: _flag(step, "keepdim"),
+    "max_pool": _max_pool,
+    "pad": _pad,
+    "relu": _relu,
+    "cat": _cat,
+    "reshape": _reshape,
+    "constant": _constant,
+    "float": _float,
+    "module": _float,
+}

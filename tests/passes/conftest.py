@@ -1,0 +1,105 @@
+"""A network to quantize, and what to look at afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxq.passes import Calibrate, FoldBatchNorm, InsertObservers, MarkRelu
+from fxq.passes.insert_observers import Statistics
+from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer, rows
+
+IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Deep(nn.Module):
+    """Four layers, so that two are neither first nor last; the third is depthwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 5, groups=8))
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(self.relu(self.first(x)))
+        return self.head(self.relu(x).mean((2, 3)))
+
+
+class Quantized:
+    """A network after a quantize pass.
+
+    Attributes:
+        ran: What went through the passes.
+        layers: Its layers with integer weights, by node.
+        quantizers: Its quantizers, by node.
+    """
+
+    def __init__(self, ran: Any) -> None:
+        self.ran, self.step = ran, ran.step
+        modules = {node.name: ran.program.submodule(node) for node in ran.program.nodes()}
+        self.layers = {n: m for n, m in modules.items() if isinstance(m, QuantizedLayer)}
+        self.quantizers = {n: m for n, m in modules.items() if isinstance(m, ActivationQuantizer)}
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Quantizer to the ends of its grid."""
+        ends = {}
+        for name, quantizer in self.quantizers.items():
+            zero, scale = int(quantizer.zero_point), float(quantizer.scale)
+            ends[name] = (-zero * scale, (2**quantizer.bits - 1 - zero) * scale)
+        return ends
+
+    def before(self, name: str) -> Tensor:
+        """``[out, taps]`` float64: the weights a layer had before."""
+        layer: Any = self.ran.model.get_submodule(name.replace("body_", "body."))
+        return rows(layer, layer.weight.detach()).double()
+
+    def codes(self, name: str) -> Tensor:
+        """``[out, taps]``: the codes of a layer."""
+        return rows(self.layers[name].layer, self.layers[name].codes)
+
+    def after(self, name: str) -> Tensor:
+        """``[out, taps]`` float64: what the codes of a layer stand for."""
+        return self.codes(name).double() * self.layers[name].scale.double().unsqueeze(1)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small networks are quicker on one thread, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def deep() -> nn.Module:
+    """The network."""
+    return Deep()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """What it is calibrated on."""
+    return IMAGES
+
+
+@pytest.fixture
+def quantized(run_passes: Any) -> Callable[..., Quantized]:
+    """Call it as ``quantized(pass)``: the network after it, on histograms of the images."""
+
+    def run(one: Any, model: Any = None, images: Tensor = IMAGES, **options: Any) -> Quantized:
+        observers = options.pop("observers", InsertObservers(statistics=Statistics.HISTOGRAM))
+        passes = [FoldBatchNorm(), MarkRelu(), observers, Calibrate(), one]
+        return Quantized(
+            run_passes(passes, model or Deep(), images[:2], calibration=[images], **options)
+        )
+
+    return run
