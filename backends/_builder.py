@@ -65,19 +65,30 @@ class Builder:
 
     def engine_for(self, step: Instruction) -> str:
         """The kernel library of a layer."""
-        if self.engine == "onednn":
+        if self._saturates(step):
             return "onednn"
-        weight = self.program.tensor(step, "weight")
-        depthwise = step.op == "conv" and step.attributes["groups"] == weight.shape[0] > 1
-        if depthwise and int(largest_pair_sum(weight.flatten(1)).max()) > pair_limit(255):
-            return "onednn"  # fbgemm's depthwise kernels would saturate
-        if self.engine == "fbgemm" or "onednn" not in kernels.supported_engines():
+        if "onednn" not in kernels.supported_engines() or not self._suits_onednn(step):
             return "fbgemm"
-        return "onednn" if kernels.is_exact("onednn") else "fbgemm"
+        if self.engine == "x86":
+            return "onednn" if kernels.is_exact("onednn") else "fbgemm"
+        return self.engine
+
+    def _saturates(self, step: Instruction) -> bool:
+        """Whether fbgemm would take a depthwise kernel, and that could leave 16 bits."""
+        weight = self.program.tensor(step, "weight")
+        if step.op == "linear" or not step.attributes["groups"] == weight.shape[0] > 1:
+            return False
+        worst = int(largest_pair_sum(weight.flatten(1)).max())
+        return worst > pair_limit(255) and not kernels.pads_beyond_kernel(weight, step.attributes)
+
+    def _suits_onednn(self, step: Instruction) -> bool:
+        weight = self.program.tensor(step, "weight")
+        return step.op == "linear" or kernels.onednn_is_right(weight, step.attributes)
 
     def _can_add(self, step: Instruction) -> bool:
         """Whether the kernel of a convolution can add a tensor before it rounds."""
-        return self.engine_for(step) == "onednn" and len(step.attributes["stride"]) == 2
+        stride = step.attributes["stride"]
+        return self.engine_for(step) == "onednn" and len(stride) == 2 and stride[-1] == 1
 
     def _tolerates_zero_point(self, step: Instruction) -> bool:
         """Whether an instruction reads bytes with any zero point exactly and at full speed."""

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fxq.integer.layers import float_bias
 
@@ -123,6 +124,21 @@ def quantize(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
     return codes
 
 
+def onednn_is_right(weight: torch.Tensor, geometry: dict[str, Any]) -> bool:
+    """Whether onednn's kernels compute a convolution; found by comparing random ones.
+
+    Kernels over volumes are wrong, or end the process, where a dimension of size one is padded.
+    Kernels over images are wrong for depthwise layers whose padding is as large as the kernel.
+    """
+    return weight.dim() < 5 and not pads_beyond_kernel(weight, geometry)
+
+
+def pads_beyond_kernel(weight: torch.Tensor, geometry: dict[str, Any]) -> bool:
+    """Whether some windows of a convolution lie in the padding altogether."""
+    sizes = zip(geometry["dilation"], weight.shape[2:], geometry["padding"], strict=True)
+    return any(pad > dilation * (size - 1) for dilation, size, pad in sizes)
+
+
 class Conv:
     """A packed integer convolution.
 
@@ -154,16 +170,29 @@ class Conv:
                 _exact_bias(bias, unit),
                 list(geometry["stride"]),
                 list(geometry["padding"]),
-                list(geometry["dilation"]),
+                _meant_dilation(geometry["dilation"], weight.shape[2:]),
                 geometry["groups"],
             )
         self.engine = engine
         self.run = getattr(torch.ops.quantized, f"{name}_relu" if relu else name)
+        self._stride = geometry["stride"][-1]
+        self._reach = geometry["dilation"][-1] * (weight.shape[-1] - 1) + 1
+        self._reach -= 2 * geometry["padding"][-1]
 
     def __call__(self, codes: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
         """Labelled output codes."""
+        if self.engine == "onednn" and codes.shape[-1] - self._reach < self._stride > 1:
+            return self._one_column(codes, scale, zero_point)
         result: torch.Tensor = self.run(codes, self.packed, scale, zero_point)
         return result
+
+    def _one_column(self, codes: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+        """Labelled output codes, one column wide; strided onednn kernels are wrong for one."""
+        label = codes.q_scale(), codes.q_zero_point()
+        wide = F.pad(unwrap(codes), (0, self._stride), value=label[1])
+        result: torch.Tensor = self.run(wrap(wide, *label), self.packed, scale, zero_point)
+        image = torch.channels_last if result.dim() == 4 else torch.contiguous_format
+        return result[..., :1].contiguous(memory_format=image)
 
 
 class AddingConv(Conv):
@@ -235,6 +264,11 @@ def add(
     run = torch.ops.quantized.add_relu if relu else torch.ops.quantized.add
     result: torch.Tensor = run(left, right, scale, zero_point)
     return result
+
+
+def _meant_dilation(dilation: tuple[int, ...], sizes: torch.Size) -> list[int]:
+    """Dilation, but 1 along kernels of size 1, where it means nothing and onednn can crash."""
+    return [step if size > 1 else 1 for step, size in zip(dilation, sizes, strict=True)]
 
 
 def _labelled_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,10 @@ from fxq.registry import find_backend
 from fxq.trail.journal import Journal, Step
 
 PROBE_SIZE = 4
-"""How many calibration images the probe batch holds."""
+"""How many calibration images the probe batch holds at most."""
+
+PROBE_ELEMENTS = 2**18
+"""How many elements: one photograph of 224 x 224 pixels, four small images."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +180,10 @@ def _probe(program: Program, batch: Any) -> tuple[Any, ...]:
     if not all(_looks_like(value, example) for value, example in pairs):
         return ()
     sizes = [len(value) if isinstance(value, torch.Tensor) else 0 for value, _ in pairs]
+    total = sum(value.numel() for value, _ in pairs if isinstance(value, torch.Tensor))
+    count = max(1, min(PROBE_SIZE, PROBE_ELEMENTS * sizes[0] // max(1, total)))
     cut = [
-        value[:PROBE_SIZE] if size and size == sizes[0] else value
+        value[:count] if size and size == sizes[0] else value
         for size, (value, _) in zip(sizes, pairs, strict=True)
     ]
     return tuple(on_cpu(cut))

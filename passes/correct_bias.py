@@ -55,7 +55,7 @@ class CorrectBias(Pass):
             raise CalibrationError(
                 "calibration kept no images to compare on", hint="run calibrate before correct-bias"
             )
-        inputs = _joined(program.sample, self.images)
+        inputs = program.laid_out(_joined(program.sample, self.images))
         shared = _shared_layers(program, edit)
         _SideBySide(program, edit, shared).run(*(_Pair(value, value) for value in inputs))
 

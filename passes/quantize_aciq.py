@@ -110,10 +110,8 @@ class QuantizeAciq(Quantization):
         if not self.guard or observer.channels is not None:
             return clipped
         bottom = torch.zeros_like(low) if place.relu else low
-        candidates = [torch.stack(ends) for ends in zip((bottom, high), clipped, strict=True)]
-        return least_error_range(
-            observer.histogram, *candidates, place.bits, fused_relu=place.relu
-        )
+        lows, highs = (torch.stack(ends) for ends in zip((bottom, high), clipped, strict=True))
+        return least_error_range(observer.histogram, lows, highs, place.bits, fused_relu=place.relu)
 
     def weight_codes(self, weight: torch.Tensor, bits: int) -> WeightCodes:
         """Codes of each channel at its bits, with the channel's mean restored."""

@@ -22,11 +22,13 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 TERMINAL = {"rich", "typer"}
 """What only the command line may import."""
 
+_TRAIL = {"errors", "numerics", "quant", "graph", "trail"}
 ALLOWED_BELOW = {
     "numerics": {"errors", "numerics"},
     "quant": {"errors", "numerics", "quant"},
     "graph": {"errors", "numerics", "quant", "graph"},
-    "trail": {"errors", "numerics", "quant", "graph", "trail"},
+    "trail": _TRAIL,
+    "integer": {*_TRAIL, "integer", "backend", "torchvision_import"},
 }
 """Layers of the core: which parts of fxq each may import."""
 

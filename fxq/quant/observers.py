@@ -320,7 +320,9 @@ def _extremes(x: Tensor, channels: int | None) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         raise CalibrationError(f"a calibration tensor is empty: {list(x.shape)}")
     if channels is None:
-        low, high = torch.aminmax(x)
+        is_image = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        # A view in memory order: aminmax would copy a channels-last tensor first.
+        low, high = torch.aminmax(x.permute(0, 2, 3, 1) if is_image else x)
     elif x.dim() < 2 or x.shape[1] != channels:
         raise CalibrationError(
             f"expected {channels} channels in dimension 1, got shape {list(x.shape)}"

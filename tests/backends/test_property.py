@@ -95,7 +95,10 @@ def _program(
 
 
 def outputs(program: IntegerProgram, engine: str, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    found, expected = EagerModule(program, engine).registers(*inputs), Reference(program).run(*inputs)
+    found, expected = (
+        EagerModule(program, engine).registers(*inputs),
+        Reference(program).run(*inputs),
+    )
     return found["y"].to(torch.float64), expected[1]["y"].to(torch.float64)
 
 

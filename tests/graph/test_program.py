@@ -275,3 +275,27 @@ def test_an_empty_observer_is_finite_enough(program: Program) -> None:
     node = edit.insert_module("seen", RangeObserver(), after=program.node("left"))
     edit.reroute(program.node("left"), node)
     verify(program)
+
+
+# ---- running ---------------------------------------------------------------------------------
+
+
+def test_run_gives_the_models_numbers_without_gradients(program: Program) -> None:
+    want = Net().eval()(X)
+    got = program.run(X)
+    torch.testing.assert_close(got, want)
+    assert not got.requires_grad
+    assert X.is_contiguous()
+
+
+def test_a_model_that_views_gets_the_layout_it_was_written_for() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).view(x.size(0), -1)
+
+    model = Views().eval()
+    torch.testing.assert_close(capture(model, X).run(X), model(X))

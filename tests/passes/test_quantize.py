@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxq.errors import RequirementError, SpecError
 from fxq.models_zoo import tiny_concat, tiny_conv, tiny_depthwise, tiny_mlp, tiny_residual
 from fxq.numerics.aciq import Prior, aciq_range
-from fxq.numerics.affine import grid_from_range
+from fxq.numerics.affine import fake_quantize, grid_from_range
 from fxq.passes import (
     Calibrate,
     FoldBatchNorm,
@@ -108,7 +108,8 @@ def test_aciq_clips_where_the_closed_form_says(
     seen = run_passes([*before, Calibrate()], deep, images[:2], calibration=[images])
     observer = seen.program.submodule(seen.program.node("first_observer"))
     assert isinstance(observer, HistogramObserver)
-    done = quantized(QuantizeAciq(prior=prior, mean_aware=mean_aware), images=images)
+    one = QuantizeAciq(prior=prior, mean_aware=mean_aware, guard=False)
+    done = quantized(one, images=images)
     low, high = (end.double() for end in observer.range())
     spread = observer.abs_deviation() if prior is Prior.LAPLACE else observer.std()
     _, clip = aciq_range(
@@ -118,6 +119,24 @@ def test_aciq_clips_where_the_closed_form_says(
     assert found.bits == 4
     assert done.ranges["relu_quantizer"] == (0, pytest.approx(float(clip), rel=1e-4))
     assert float(clip) < float(high)
+
+
+@pytest.mark.parametrize("power", [1, 3])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_guard_takes_the_range_of_the_smaller_error(
+    power: int, bits: int, quantized: Any, deep: Any, images: Tensor
+) -> None:
+    images = images**power
+    values = deep.first(images).relu().detach()
+    errors = {}
+    for guard in (False, True):
+        one = QuantizeAciq(activation_bits=bits, guard=guard, first_last_bits=8)
+        grid = quantized(one, images=images).quantizers["relu_quantizer"]
+        errors[guard] = float((grid(values) - values).square().mean())
+    scale, zero_point = grid_from_range(0.0, float(values.max()), bits)
+    whole = fake_quantize(values, scale, zero_point, 0, 2**bits - 1)
+    best = min(errors[False], float((whole - values).square().mean()))
+    assert errors[True] == pytest.approx(best, rel=0.02)
 
 
 def test_aciq_keeps_the_whole_range_at_the_edges(quantized: Any, images: Tensor) -> None:
