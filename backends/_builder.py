@@ -79,7 +79,7 @@ class Builder:
         if step.op == "linear" or not step.attributes["groups"] == weight.shape[0] > 1:
             return False
         worst = int(largest_pair_sum(weight.flatten(1)).max())
-        return worst > pair_limit(255) and not kernels.pads_beyond_kernel(weight, step.attributes)
+        return worst > pair_limit(255) and not kernels.sees_only_padding(weight, step.attributes)
 
     def _suits_onednn(self, step: Instruction) -> bool:
         weight = self.program.tensor(step, "weight")

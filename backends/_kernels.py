@@ -127,16 +127,16 @@ def quantize(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
 def onednn_is_right(weight: torch.Tensor, geometry: dict[str, Any]) -> bool:
     """Whether onednn's kernels compute a convolution; found by comparing random ones.
 
-    Kernels over volumes are wrong, or end the process, where a dimension of size one is padded.
-    Kernels over images are wrong for depthwise layers whose padding is as large as the kernel.
+    Kernels over volumes are wrong, or end the process, where a dimension of size one is padded, and
+    kernels over images where a window sees nothing but padding.
     """
-    return weight.dim() < 5 and not pads_beyond_kernel(weight, geometry)
+    return weight.dim() < 5 and not sees_only_padding(weight, geometry)
 
 
-def pads_beyond_kernel(weight: torch.Tensor, geometry: dict[str, Any]) -> bool:
-    """Whether some windows of a convolution lie in the padding altogether."""
+def sees_only_padding(weight: torch.Tensor, geometry: dict[str, Any]) -> bool:
+    """Whether some window of a convolution can lie in the padding altogether."""
     sizes = zip(geometry["dilation"], weight.shape[2:], geometry["padding"], strict=True)
-    return any(pad > dilation * (size - 1) for dilation, size, pad in sizes)
+    return any(pad > step * (size - 1) or pad % step for step, size, pad in sizes)
 
 
 class Conv:
@@ -178,21 +178,24 @@ class Conv:
         self._stride = geometry["stride"][-1]
         self._reach = geometry["dilation"][-1] * (weight.shape[-1] - 1) + 1
         self._reach -= 2 * geometry["padding"][-1]
+        self._moves = engine == "onednn" and (self._stride > 1 or weight.shape[-1] > 1)
 
     def __call__(self, codes: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
         """Labelled output codes."""
-        if self.engine == "onednn" and codes.shape[-1] - self._reach < self._stride > 1:
-            return self._one_column(codes, scale, zero_point)
-        result: torch.Tensor = self.run(codes, self.packed, scale, zero_point)
-        return result
+        narrow = self._is_narrow(codes)
+        source = self._widened(codes) if narrow else codes
+        result: torch.Tensor = self.run(source, self.packed, scale, zero_point)
+        return _first_column(result) if narrow else result
 
-    def _one_column(self, codes: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
-        """Labelled output codes, one column wide; strided onednn kernels are wrong for one."""
-        label = codes.q_scale(), codes.q_zero_point()
-        wide = F.pad(unwrap(codes), (0, self._stride), value=label[1])
-        result: torch.Tensor = self.run(wrap(wide, *label), self.packed, scale, zero_point)
-        image = torch.channels_last if result.dim() == 4 else torch.contiguous_format
-        return result[..., :1].contiguous(memory_format=image)
+    def _is_narrow(self, codes: torch.Tensor) -> bool:
+        """Whether the output is one column wide, which some onednn kernels get wrong."""
+        return self._moves and codes.shape[-1] - self._reach < self._stride
+
+    def _widened(self, codes: torch.Tensor) -> torch.Tensor:
+        """The codes with as many columns of zero more as make another column of output."""
+        scale, zero_point = codes.q_scale(), codes.q_zero_point()
+        wide = F.pad(unwrap(codes), (0, self._stride), value=zero_point)
+        return wrap(wide, scale, zero_point)
 
 
 class AddingConv(Conv):
@@ -218,9 +221,12 @@ class AddingConv(Conv):
         self, total: torch.Tensor, codes: torch.Tensor, scale: float, zero_point: int
     ) -> torch.Tensor:
         """Labelled codes of the sum of a tensor and the convolution; the tensor is overwritten."""
+        narrow = self._is_narrow(codes)
+        if narrow:
+            codes, total = self._widened(codes), self._widened(total)
         with engine_setting.set_to("onednn"):  # the operator looks at the setting when it runs
             result: torch.Tensor = self.run(codes, total, self.packed, scale, zero_point)
-        return result
+        return _first_column(result) if narrow else result
 
 
 class Linear:
@@ -264,6 +270,11 @@ def add(
     run = torch.ops.quantized.add_relu if relu else torch.ops.quantized.add
     result: torch.Tensor = run(left, right, scale, zero_point)
     return result
+
+
+def _first_column(codes: torch.Tensor) -> torch.Tensor:
+    image = torch.channels_last if codes.dim() == 4 else torch.contiguous_format
+    return codes[..., :1].contiguous(memory_format=image)
 
 
 def _meant_dilation(dilation: tuple[int, ...], sizes: torch.Size) -> list[int]:

@@ -142,7 +142,7 @@ class Program:
 
         A model that reshapes with ``view`` asks for the layout it was written for, and keeps it.
         """
-        if any(node.op == "call_method" and node.target == "view" for node in self.graph.nodes):
+        if any(_may_view(self, node) for node in self.graph.nodes):
             return inputs
         return tuple(
             value.contiguous(memory_format=torch.channels_last)
@@ -166,6 +166,18 @@ class Program:
         """Tell whoever listens how far a long step is."""
         if self.progress is not None:
             self.progress(label, done, total)
+
+
+_KNOWN_CODE = frozenset({"torch", "torchvision", "fxq", "_operator", "math", "builtins"})
+
+
+def _may_view(program: Program, node: fx.Node) -> bool:
+    """Whether a node asks for a memory layout, or runs code of the user's that may."""
+    if node.op == "call_method":
+        return node.target == "view"
+    code = type(program.submodule(node)) if node.op == "call_module" else node.target
+    home = getattr(code, "__module__", None) or "torch"
+    return node.op in ("call_module", "call_function") and home.split(".")[0] not in _KNOWN_CODE
 
 
 def layer_path(node: fx.Node) -> str:

@@ -72,7 +72,7 @@ def test_diff_in_colour(fxq: Fxq, digits_run: Path) -> None:
         (("--step", "0"), "00-capture.txt"),
         (("--step", "mark-relu"), "02-mark-relu.txt"),
         (("--step", "3"), "03-insert-observers.txt"),
-        ((), "05-quantize-minmax.txt"),
+        ((), "06-correct-bias.txt"),
     ],
     ids=str,
 )

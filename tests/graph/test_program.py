@@ -299,3 +299,14 @@ def test_a_model_that_views_gets_the_layout_it_was_written_for() -> None:
 
     model = Views().eval()
     torch.testing.assert_close(capture(model, X).run(X), model(X))
+
+
+class Viewing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(x.size(0), -1)
+
+
+def test_a_leaf_of_the_users_gets_the_layout_it_was_written_for() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Viewing()).eval()
+    program = capture(model, X, leaf_modules=[Viewing])
+    torch.testing.assert_close(program.run(X), model(X))
