@@ -36,6 +36,16 @@ from fxq.integer.arguments import decode, encode, registers_in
 
 FORMAT = 1
 
+_DAMAGE = (
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+)
+"""What reading JSON that is no program raises."""
+
 OPS = frozenset(
     [
         "quantize",
@@ -211,7 +221,7 @@ class IntegerProgram:
                 )
             steps = [_step_from_json(entry) for entry in data["instructions"]]
             program = cls(tuple(data["inputs"]), steps, decode(data["output"]), tensors)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except _DAMAGE as error:
             raise ArtifactError(
                 f"the structure is damaged: {type(error).__name__} {error}",
                 hint="compile again; the file was changed or cut short",

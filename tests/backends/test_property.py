@@ -1,4 +1,4 @@
-"""Random small instructions: fbgemm equals the reference exactly, the other engines within one code."""
+"""Random small instructions: fbgemm equals the reference exactly, others within one code."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def layers(draw: Callable[..., Any]) -> tuple[IntegerProgram, Tensor]:
         "dilation": dilation,
         "groups": groups,
     }
-    sizes = [d * (k - 1) + 1 + draw(st.integers(0, 4)) for d, k in zip(dilation, kernel)]
+    sizes = [
+        d * (k - 1) + 1 + draw(st.integers(0, 4)) for d, k in zip(dilation, kernel, strict=True)
+    ]
     x = torch.randn(draw(st.integers(1, 2)), groups * inside, *sizes, generator=generator)
     x *= source.scale * source.top
     return _program("conv", attributes, weight, scale, bias, source, target), x
