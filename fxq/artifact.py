@@ -92,9 +92,9 @@ class Artifact:
                 module calls code of the user's own.
         """
         target = Path(path)
+        check_writable(target, force=force)
         if target.is_symlink():
             target = target.resolve()
-        check_writable(target, force=force)
         with _replacing(target) as folder:
             self._write(folder)
         return target
@@ -165,9 +165,16 @@ def _check_replaceable(target: Path, *, force: bool) -> None:
         )
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _is_run(folder: Path) -> bool:
     """Whether fxq wrote what a folder holds, even if it was damaged since."""
-    if all((folder / name).is_file() for name in FILES):
+    if all(_is_file(folder / name) for name in FILES):
         return True
     try:
         return "fxq" in _object(folder / "metadata.json")
@@ -186,7 +193,7 @@ def load(path: str | Path, engine: str | None = None) -> Artifact:
         ArtifactError: The folder is missing, incomplete, damaged, or not an fxq artifact.
     """
     folder = Path(path)
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    missing = [name for name in FILES if not _is_file(folder / name)]
     if missing:
         raise ArtifactError(
             f"this is not an fxq artifact: {', '.join(missing)} is missing",

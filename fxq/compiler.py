@@ -133,7 +133,8 @@ def on_cpu(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.cpu()
     if isinstance(value, (list, tuple)):
-        return type(value)(on_cpu(item) for item in value)
+        moved = [on_cpu(item) for item in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
     return value
 
 

@@ -132,7 +132,7 @@ def test_nested_concatenations_agree() -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_offsets_are_used(engine: str, integers) -> None:
     """Of a 4-bit network with ReLUs some registers have one."""
-    program = integers(tiny_residual(), images(2, 3, 8, 8), "aciq-4bit").artifact.integers
+    program = integers(tiny_depthwise(), images(2, 3, 8, 8), "aciq-4bit").artifact.integers
     assert 240 in Builder(program, engine).offsets.values()
 
 

@@ -1,0 +1,405 @@
+"""`fxq.compile`: what users write, what they may give it, and what it promises not to touch."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxq
+from fxq.compiler import PROBE_SIZE, Result
+from fxq.contracts import output_sqnr
+from fxq.errors import CalibrationError, CaptureError, FxqError, RecipeError, UnknownNameError
+from fxq.models_zoo import tiny_conv, tiny_depthwise, tiny_mlp, tiny_residual
+from fxq.passes import Calibrate, FoldBatchNorm, InsertObservers, MarkRelu, QuantizeMinmax
+from fxq.recipe import Recipe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def images(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+X = images(8, 3, 8, 8)
+EXAMPLE = X[:1]
+
+
+def quick(
+    model: nn.Module, calibration: Any, recipe: Any = "minmax-int8", **options: Any
+) -> Result:
+    return fxq.compile(model, EXAMPLE, recipe, calibration=calibration, **options)
+
+
+def state(result: Result) -> dict[str, Tensor]:
+    return result.artifact.integers.tensors
+
+
+def same(one: Result, other: Result) -> bool:
+    a, b = one.artifact.integers, other.artifact.integers
+    names = a.tensors.keys() == b.tensors.keys()
+    return (
+        names
+        and all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+        and a.instructions == b.instructions
+    )
+
+
+# ---- ten lines -----------------------------------------------------------------------------------
+
+
+def test_ten_lines_of_user_code(tmp_path: Path) -> None:
+    loader = [X[:4], X[4:]]
+    result = fxq.compile(tiny_residual(), EXAMPLE, recipe="aciq-4bit", calibration=loader)
+    lines = str(result.journal).splitlines()
+    assert len(lines) == len(result.recipe.passes)
+    assert "fold-batch-norm" in lines[0]
+    assert "removed" in str(result.journal["fold-batch-norm"].delta.summary())
+    result.artifact.save(tmp_path / "run")
+    assert torch.equal(fxq.load(tmp_path / "run").module(X), result.module(X))
+    assert result.module is result.artifact.module
+    assert result.seconds > 0
+    assert output_sqnr(result.program.run(X), result.module(X)) > 20
+
+
+def test_the_file_of_the_documentation_runs(tmp_path: Path) -> None:
+    """Importing fxq and compiling needs nothing else, in a fresh process."""
+    script = (
+        "import torch, fxq\n"
+        "torch.set_num_threads(1)\n"
+        "from fxq.models_zoo import tiny_conv\n"
+        "x = torch.randn(4, 3, 8, 8)\n"
+        "result = fxq.compile(tiny_conv(), x[:1], 'aciq-8bit', calibration=[x])\n"
+        "print(result.artifact.ledger.coverage(), result.artifact.save('out'))\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "1.0 out"), done.stderr
+
+
+# ---- the model is not touched --------------------------------------------------------------------
+
+
+def test_the_model_is_not_touched() -> None:
+    model = tiny_residual()
+    model.train()
+    model.bn1.eval()
+    calls: list[str] = []
+    model.relu1.register_forward_hook(lambda *_: calls.append("hook"))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = copy.deepcopy(model.state_dict())
+    modules = {name: (id(module), module.training) for name, module in model.named_modules()}
+    quick(model, [X], "aciq-4bit")
+    assert {n: (id(m), m.training) for n, m in model.named_modules()} == modules
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and bool((p.grad == 1).all()) for p in model.parameters())
+    assert len(model.relu1._forward_hooks) == 1
+    calls.clear()
+    model(X)
+    assert calls == ["hook"]
+
+
+def test_calibration_data_is_not_touched() -> None:
+    batches = [X.clone(), X.clone() * 2]
+    before = [batch.clone() for batch in batches]
+    quick(tiny_conv(), batches, "aciq-4bit")
+    assert all(torch.equal(a, b) for a, b in zip(batches, before, strict=True))
+
+
+def test_random_numbers_are_left_alone() -> None:
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    quick(tiny_conv(), [X], "aciq-4bit")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_gradients_stay_on() -> None:
+    with torch.enable_grad():
+        quick(tiny_conv(), [X])
+        assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("recipe", ["minmax-int8", "aciq-8bit", "aciq-4bit"])
+def test_two_compilations_are_the_same(recipe: str) -> None:
+    one, other = (quick(tiny_residual(), [X[:4], X[4:]], recipe) for _ in range(2))
+    assert same(one, other)
+    assert torch.equal(one.module(X), other.module(X))
+
+
+# ---- calibration data ----------------------------------------------------------------------------
+
+Batch = namedtuple("Batch", ["images", "labels"])
+LABELS = torch.arange(8)
+
+
+class Endless:
+    """No length, and an iterator anew each time."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter([X[:4], X[4:]])
+
+
+SOURCES: dict[str, Callable[[], Iterable[Any]]] = {
+    "list": lambda: [X[:4], X[4:]],
+    "tuple": lambda: (X[:4], X[4:]),
+    "generator": lambda: (batch for batch in (X[:4], X[4:])),
+    "no length": Endless,
+    "labelled": lambda: [(X[:4], LABELS[:4]), (X[4:], LABELS[4:])],
+    "labelled list": lambda: [[X[:4], LABELS[:4]], [X[4:], LABELS[4:]]],
+    "named": lambda: [Batch(X[:4], LABELS[:4]), Batch(X[4:], LABELS[4:])],
+    "arguments": lambda: [(X[:4],), (X[4:],)],
+    "loader": lambda: DataLoader(TensorDataset(X, LABELS), batch_size=4),
+    "loader of images": lambda: DataLoader(X, batch_size=4),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_calibration_may_come_as(name: str) -> None:
+    expected = quick(tiny_conv(), [X[:4], X[4:]], check=False)
+    assert same(quick(tiny_conv(), SOURCES[name](), check=False), expected)
+
+
+def test_batches_may_differ_in_size() -> None:
+    batches = [X[:5], X[5:7], X[7:], images(2, 3, 12, 12)]
+    assert quick(tiny_conv(), batches, "aciq-4bit").artifact.ledger.coverage() == 1.0
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Linear(5, 4)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.last(torch.relu(self.a(x).mean((2, 3)) + self.b(y)))
+
+
+def test_several_inputs() -> None:
+    y = images(8, 5, seed=1)
+    batches = [(X[:4], y[:4], LABELS[:4]), (X[4:], y[4:], LABELS[4:])]
+    model = TwoInputs().eval()
+    result = fxq.compile(model, (X[:1], y[:1]), "minmax-int8", calibration=batches)
+    assert result.artifact.ledger.coverage() == 1.0
+    assert output_sqnr(model(X, y).detach(), result.module(X, y)) > 25
+    with pytest.raises(FxqError, match="takes 2 inputs, not 1"):
+        result.module(X)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.last = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.last(torch.matmul(mask, self.a(x)))
+
+
+def test_an_input_that_is_no_batch_is_not_cut() -> None:
+    """A mask of [tokens, tokens] beside tokens of [batch, tokens, features]."""
+    x, mask = images(8, 10, 6), torch.ones(10, 10).tril()
+    batches = [(x[:4], mask), (x[4:], mask)]
+    for recipe in ("minmax-int8", "aciq-4bit"):
+        result = fxq.compile(Masked(), (x[:1], mask), recipe, calibration=batches)
+        assert result.program.probe[1].shape == (10, 10)
+        assert result.module(x, mask).shape == (8, 10, 2)
+
+
+def test_the_probe_is_the_first_images() -> None:
+    result = quick(tiny_conv(), [X])
+    assert 1 <= len(result.program.probe[0]) <= PROBE_SIZE
+    assert torch.equal(result.program.probe[0], X[: len(result.program.probe[0])])
+
+
+BAD_SOURCES: dict[str, tuple[Any, str]] = {
+    "nothing": (None, "no calibration data"),
+    "a tensor": (X, "not one tensor"),
+    "a number": (3, "not a int"),
+    "a module": (nn.ReLU(), "not a ReLU"),
+    "empty list": ([], "0 batches"),
+    "empty generator": (iter(()), "0 batches"),
+    "numbers": ([1, 2, 3], "a calibration batch is a int"),
+    "text": ("images", "a calibration batch is a str"),
+    "dictionaries": ([{"x": X}], "a calibration batch is a dict"),
+    "arrays": ([X.numpy()], "a calibration batch is a ndarray"),
+    "empty tuple": ([()], "a calibration batch is a tuple"),
+    "empty batch": ([X[:0]], "empty"),
+    "not a number": ([X * float("nan")], "NaN or infinity"),
+    "infinite": ([X, X / 0], "NaN or infinity"),
+    "channels": ([X[:, :2]], "fails on a calibration batch"),
+    "channels later": ([X, X[:, :2]], "fails on a calibration batch"),
+    "no batch dimension": ([X[0, 0]], "fails on a calibration batch"),
+    "doubles": ([X.double()], "fails on a calibration batch"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SOURCES)
+def test_unusable_calibration_is_explained(name: str) -> None:
+    source, match = BAD_SOURCES[name]
+    with pytest.raises(CalibrationError, match=match) as caught:
+        quick(tiny_conv(), source)
+    assert caught.value.hint
+
+
+def test_errors_of_the_users_loader_are_left_alone() -> None:
+    def broken() -> Iterator[Tensor]:
+        yield X
+        raise ZeroDivisionError("in the loader")
+
+    with pytest.raises((ZeroDivisionError, FxqError), match="in the loader"):
+        quick(tiny_conv(), broken())
+
+
+# ---- recipes, settings, overrides ----------------------------------------------------------------
+
+
+def test_recipes_may_come_as(tmp_path: Path) -> None:
+    by_name = quick(tiny_conv(), [X], "minmax-int8")
+    recipe = Recipe.load("minmax-int8")
+    path = tmp_path / "own.toml"
+    path.write_text(recipe.to_toml())
+    for other in (recipe, recipe.pipeline(), path, str(path)):
+        assert same(quick(tiny_conv(), [X], other), by_name)
+
+
+def test_pipelines_of_ones_own() -> None:
+    pipeline = fxq.Pipeline(
+        FoldBatchNorm(), MarkRelu(), InsertObservers(), Calibrate(), QuantizeMinmax(weight_bits=6)
+    )
+    result = quick(tiny_conv(), [X], pipeline)
+    assert result.recipe.name == "pipeline"
+    assert [step.name for step in result.journal] == list(pipeline.names)
+    assert Recipe.load("minmax-int8").to_toml() != result.artifact.recipe_toml != ""
+
+
+def test_settings() -> None:
+    settings = ["quantize-minmax.weight_bits=3", "quantize-minmax.first_last_bits=0"]
+    result = quick(tiny_conv(), [X], settings=settings)
+    bits = {name: set(t.tolist()) for name, t in state(result).items() if name.endswith(".bits")}
+    assert bits == {"conv1.bits": {3}, "conv2.bits": {3}, "fc.bits": {3}}
+    assert "weight_bits = 3" in result.artifact.recipe_toml
+    for wrong in ("quantize-minmax.bits=3", "nothing.weight_bits=3"):
+        with pytest.raises(FxqError):
+            quick(tiny_conv(), [X], settings=[wrong])
+    with pytest.raises(FxqError, match="2 to 8"):
+        quick(tiny_conv(), [X], settings=["quantize-minmax.weight_bits=9"])
+
+
+def test_layer_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    text = Recipe.load("aciq-4bit").to_toml()
+    path.write_text(text + '\n[layer."conv1"]\nweight_bits = 6\n[layer."conv2"]\nskip = true\n')
+    result = quick(tiny_residual(), [X], path)
+    assert set(state(result)["conv1.bits"].tolist()) == {6}
+    assert [entry.path for entry in result.artifact.ledger.in_float() if entry.layer] == ["conv2"]
+    assert any("conv2 stays in float" in line for line in result.artifact.warnings)
+    path.write_text(text + '\n[layer."conv1"]\nwieght_bits = 6\n')
+    with pytest.raises(RecipeError, match="wieght_bits"):
+        quick(tiny_residual(), [X], path)
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        quick(tiny_conv(), [X], "minmax-in8")
+    assert caught.value.hint == "did you mean 'minmax-int8'?"
+    with pytest.raises(UnknownNameError, match="no backend named 'egaer'"):
+        quick(tiny_conv(), [X], backend="egaer")
+    with pytest.raises(FxqError, match="has no option 'colour'"):
+        quick(tiny_conv(), [X], colour="red")
+
+
+def test_errors_of_capture() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(CaptureError):
+        quick(Branching(), [X])
+    with pytest.raises(CaptureError):
+        fxq.compile(tiny_conv(), X[:, :2], "minmax-int8", calibration=[X])
+
+
+def test_concrete_arguments() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_conv()
+
+        def forward(self, x: Tensor, double: bool = False) -> Tensor:
+            return self.inner(x) * 2 if double else self.inner(x)
+
+    plain = quick(Optional(), [X])
+    twice = quick(Optional(), [X], concrete_args={"double": True})
+    assert output_sqnr(plain.module(X) * 2, twice.module(X)) > 40
+
+
+# ---- what is heard meanwhile ---------------------------------------------------------------------
+
+
+def test_steps_are_told_as_they_happen() -> None:
+    steps: list[str] = []
+    result = quick(tiny_conv(), [X], "aciq-4bit", on_step=lambda step: steps.append(step.name))
+    assert steps == [step.name for step in result.journal] == list(result.recipe.pipeline().names)
+
+
+def test_progress_is_told() -> None:
+    told: list[tuple[str, int, int | None]] = []
+
+    def progress(label: str, done: int, total: int | None) -> None:
+        told.append((label, done, total))
+
+    quick(tiny_conv(), [X[:4], X[4:]], "aciq-4bit", progress=progress)
+    assert [item for item in told if item[0] == "calibrate"] == [
+        ("calibrate", 1, 2),
+        ("calibrate", 2, 2),
+    ]
+    for label in ("quantize-aciq", "correct-bias"):
+        counts = [(done, total) for name, done, total in told if name == label]
+        assert counts == [(1, 3), (2, 3), (3, 3)], label
+    told.clear()
+    quick(tiny_conv(), (batch for batch in (X[:4], X[4:])), progress=progress)
+    assert ("calibrate", 2, None) in told
+
+
+def test_checks_can_be_left_out() -> None:
+    checked, unchecked = (quick(tiny_conv(), [X], check=check) for check in (True, False))
+    assert same(checked, unchecked)
+    assert checked.journal[-1].total_sqnr is not None
+    assert unchecked.journal[-1].total_sqnr is None
+
+
+@pytest.mark.parametrize("build", [tiny_conv, tiny_depthwise])
+def test_eight_bits_are_close_to_float(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    for recipe in ("minmax-int8", "aciq-8bit"):
+        result = quick(model, [X], recipe)
+        assert output_sqnr(model(X).detach(), result.module(X)) > 22
+
+
+def test_models_without_images() -> None:
+    x = images(8, 16)
+    result = fxq.compile(tiny_mlp(), x[:1], "aciq-8bit", calibration=[x])
+    assert output_sqnr(tiny_mlp()(x).detach(), result.module(x)) > 25
+
+
+def test_lowering_by_hand() -> None:
+    result = quick(tiny_conv(), [X])
+    again = fxq.lower(result.program, engine="fbgemm")
+    assert again.journal is None
+    assert again.integers.instructions == result.artifact.integers.instructions
