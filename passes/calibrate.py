@@ -23,6 +23,9 @@ Four photographs of 224 x 224 pixels, two hundred images of 32 x 32. What such p
 differences on the same image, which vary little from image to image.
 """
 
+PIECE_ELEMENTS = 2**21
+"""Larger batches are run in pieces (13 photographs), so that their size does not cost memory."""
+
 _NO_DATA = "give fxq.compile a calibration loader, or fxq compile --calibration"
 
 
@@ -58,7 +61,8 @@ class Calibrate(Pass):
         _enable(observers, True)
         try:
             for inputs in itertools.islice(source, self.batches or None):
-                _run(program, inputs, count)
+                for piece in _pieces(inputs) if _mergeable(observers) else (inputs,):
+                    _run(program, piece, count)
                 _keep(program, inputs)
                 count += 1
                 images += _batch_size(inputs)
@@ -89,6 +93,23 @@ def batches_of(program: Program, source: Iterable[Any]) -> Iterator[tuple[Any, .
                 f"a calibration batch is a {type(batch).__name__}; the model takes {wanted} inputs",
                 hint="yield a tensor, a tuple of arguments, or (inputs, labels)",
             )
+
+
+def _mergeable(observers: list[Observer]) -> bool:
+    """Whether what the observers hold does not depend on how the data is cut into batches."""
+    return all(getattr(observer, "momentum", None) is None for observer in observers)
+
+
+def _pieces(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """A batch in pieces small enough for the memory of a small one."""
+    sizes = {len(v) if isinstance(v, torch.Tensor) and v.dim() else 0 for v in inputs}
+    images = max(sizes, default=0)
+    step = max(1, PIECE_ELEMENTS * images // max(1, _elements(inputs)))
+    if len(sizes) != 1 or step >= images:
+        yield inputs
+        return
+    for start in range(0, images, step):
+        yield tuple(value[start : start + step] for value in inputs)
 
 
 def _run(program: Program, inputs: tuple[Any, ...], position: int) -> None:

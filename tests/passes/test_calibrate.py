@@ -112,6 +112,30 @@ def test_the_probe_batch_is_no_calibration_data() -> None:
     assert torch.equal(observer.range()[1], IMAGES.max())
 
 
+def test_large_batches_run_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = calibrated([IMAGES], statistics=Statistics.HISTOGRAM)
+    average, _ = calibrated([IMAGES], momentum=0.5)
+    monkeypatch.setattr("fxq.passes.calibrate.PIECE_ELEMENTS", 3 * 8 * 8 * 5)
+    sizes: list[int] = []
+    program = capture(tiny_conv(), X)
+    program.module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    program.calibration = [IMAGES]
+    Pipeline(
+        FoldBatchNorm(),
+        MarkRelu(),
+        InsertObservers(statistics=Statistics.HISTOGRAM),
+        Calibrate(),
+        check=False,
+    ).run(program)
+    assert sizes == [5, 5, 2]
+    for name, held in statistics(program).items():
+        for key in ("counts", "low", "high"):
+            assert torch.equal(held[key], statistics(whole)[name][key])
+    again, _ = calibrated([IMAGES], momentum=0.5)
+    for name, held in statistics(again).items():
+        assert torch.equal(held["high"], statistics(average)[name]["high"])
+
+
 def test_a_moving_average_follows_the_batches() -> None:
     program, _ = calibrated(IMAGES.split(4), momentum=0.5)
     high = [batch.max() for batch in IMAGES.split(4)]
