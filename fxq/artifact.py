@@ -107,6 +107,7 @@ class Artifact:
             name: value.contiguous().clone() for name, value in self.integers.tensors.items()
         }
         save_file(tensors, folder / "weights.safetensors")
+        (folder / "weights.safetensors").chmod(0o644)  # it is made readable by its owner only
         _dump(folder / "structure.json", structure)
         _dump(folder / "ledger.json", self.ledger.to_json())
         _dump(folder / "metadata.json", self._metadata())
