@@ -29,7 +29,7 @@ class Builder:
 
     def __init__(self, program: IntegerProgram, engine: str) -> None:
         self.engine = engine
-        self.program = program
+        self.program = program  # which layers can add is asked of the unfused program
         self.program = fuse_residual_adds(program, self._can_add)
         self.grids = self.program.grids()
         self.offsets = byte_offsets(self.program, self._tolerates_zero_point)
@@ -173,7 +173,7 @@ class Builder:
         source, addend = step.inputs
         input_scale, input_zero = self.label(source)
         folded = self._fold_zero_point(step, tensors, input_zero)
-        kernel = kernels.AddingConv(**tensors, geometry=step.attributes, relu=relu)
+        kernel = kernels.AddingConv(**tensors, geometry=step.attributes, relu=relu, engine="onednn")
         overwrite = may_overwrite(self.program, step)
         scale, zero_point = self.label(step.name)
 

@@ -70,10 +70,9 @@ def _absorbable(
     """The convolution an add can run inside: the later one, read by nothing else."""
     if step.op != "add" or step.inputs[0] == step.inputs[1]:
         return None
-    order = list(producers)
-    candidates = [producers[name] for name in step.inputs if name in producers]
-    candidates.sort(key=lambda one: order.index(one.name), reverse=True)
-    for conv in candidates:
+    found = {name for name in step.inputs if name in producers}
+    latest_first = [producers[name] for name in reversed(producers) if name in found]
+    for conv in latest_first:
         alone = readers[conv.name] == [step] and conv.name not in taken
         if conv.op == "conv" and alone and not conv.attributes["relu"] and may_fuse(conv):
             return conv

@@ -174,11 +174,16 @@ class Conv:
                 geometry["groups"],
             )
         self.engine = engine
-        self.run = getattr(torch.ops.quantized, f"{name}_relu" if relu else name)
+        self.run = getattr(torch.ops.quantized, self.operator(name, relu))
         self._stride = geometry["stride"][-1]
         self._reach = geometry["dilation"][-1] * (weight.shape[-1] - 1) + 1
         self._reach -= 2 * geometry["padding"][-1]
         self._moves = engine == "onednn" and (self._stride > 1 or weight.shape[-1] > 1)
+
+    @staticmethod
+    def operator(name: str, relu: bool) -> str:
+        """The name of the operator that runs it."""
+        return f"{name}_relu" if relu else name
 
     def __call__(self, codes: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
         """Labelled output codes."""
@@ -204,18 +209,10 @@ class AddingConv(Conv):
     The arguments are those of `Conv`.
     """
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        bias: torch.Tensor,
-        unit: torch.Tensor,
-        geometry: dict[str, Any],
-        relu: bool,
-    ) -> None:
-        super().__init__(weight, scale, bias, unit, geometry, relu, "onednn")
-        quantized = torch.ops.quantized
-        self.run = quantized.conv2d_add_relu if relu else quantized.conv2d_add
+    @staticmethod
+    def operator(name: str, relu: bool) -> str:
+        """The name of the operator that runs it."""
+        return f"{name}_add_relu" if relu else f"{name}_add"
 
     def add_to(
         self, total: torch.Tensor, codes: torch.Tensor, scale: float, zero_point: int

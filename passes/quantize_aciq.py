@@ -53,8 +53,8 @@ class Allocation(StrEnum):
 class QuantizeAciq(Quantization):
     """Activations are clipped where rounding and clipping noise balance; weights keep their mean.
 
-    The statistics are those of the value *before* a fused ReLU. Values of 8 bits at the network's
-    input and before its last layer keep their whole range.
+    The statistics are those of the value *before* a fused ReLU. Values of 8 bits keep their whole
+    range at the network's input, before its last layer, and where only adds and pools read them.
 
     Bias correction shifts every code of a channel by the same amount. To be exact on integer
     kernels, low-bit levels are spread over the int8 container: codes are ``factor * level + shift``
@@ -86,7 +86,7 @@ class QuantizeAciq(Quantization):
     allocation: Allocation = Allocation.NONE
 
     def activation_range(self, observer: Observer, place: Place) -> tuple[Any, Any]:
-        """ACIQ's range; the whole range where 8 bits begin or end the network."""
+        """ACIQ's range; the whole one at 8 bits for the network's ends and for addends."""
         low, high = (end.double() for end in observer.range())
         if (place.edge or place.addend) and place.bits == 8:
             return low, high

@@ -184,7 +184,7 @@ def _reshape_call(name: str) -> Callable[[fx.Node], Op]:
     return rule
 
 
-_RESHAPES = (
+RESHAPES = (
     "chunk",
     "contiguous",
     "flatten",
@@ -214,7 +214,7 @@ _METHODS: dict[Any, Callable[[fx.Node], Op]] = {
     "dim": _size_call,
     "detach": _identity_call,
     "clone": _identity_call,
-    **{name: _reshape_call(name) for name in _RESHAPES},
+    **{name: _reshape_call(name) for name in RESHAPES},
 }
 
 _FUNCTIONS: dict[Any, Callable[[fx.Node], Op]] = {
@@ -243,5 +243,5 @@ _FUNCTIONS: dict[Any, Callable[[fx.Node], Op]] = {
     getattr: _getattr_call,
     operator.getitem: _getitem_call,
     F.pixel_shuffle: _reshape_call("pixel_shuffle"),
-    **{getattr(torch, name): _reshape_call(name) for name in _RESHAPES if hasattr(torch, name)},
+    **{getattr(torch, name): _reshape_call(name) for name in RESHAPES if hasattr(torch, name)},
 }

@@ -12,33 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from fxq.errors import ArtifactError
+from fxq.graph.call_ops import RESHAPES
 
 if TYPE_CHECKING:
     from fxq.integer.program import Grid, Instruction, IntegerProgram
 
-RESHAPES = frozenset(
-    [
-        "chunk",
-        "contiguous",
-        "flatten",
-        "getitem",
-        "movedim",
-        "narrow",
-        "permute",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "reshape",
-        "select",
-        "split",
-        "squeeze",
-        "swapaxes",
-        "transpose",
-        "unbind",
-        "unflatten",
-        "unsqueeze",
-        "view",
-    ]
-)
+RESHAPE_CALLS = frozenset({*RESHAPES, "getitem", "pixel_shuffle", "pixel_unshuffle"})
 """What a reshape instruction may call."""
 
 _FLOAT_RESULT = frozenset(["dequantize", "float", "module", "constant"])
@@ -151,7 +130,7 @@ def _cat(program: IntegerProgram, step: Instruction) -> None:
 
 
 def _reshape(program: IntegerProgram, step: Instruction) -> None:
-    if step.attributes["call"] not in RESHAPES:
+    if step.attributes["call"] not in RESHAPE_CALLS:
         raise ValueError(f"it calls {step.attributes['call']!r}")
     if not isinstance(step.attributes["arguments"], (tuple, list)):
         raise TypeError("its arguments are no list")

@@ -16,7 +16,7 @@ from torch import Tensor
 from fxq.errors import ArtifactError
 from fxq.graph import call_ops
 from fxq.integer.arguments import Register, decode, encode, registers_in, substitute
-from fxq.integer.checks import RESHAPES
+from fxq.integer.checks import RESHAPE_CALLS
 from fxq.integer.program import FORMAT, Grid, Instruction, IntegerProgram
 from fxq.integer.reference import Reference
 from fxq.models_zoo import tiny_concat, tiny_conv, tiny_residual
@@ -125,7 +125,7 @@ def test_what_nobody_reads_is_dropped() -> None:
 
 
 def test_the_list_of_reshapes_is_that_of_the_graph() -> None:
-    assert {*call_ops._RESHAPES, "getitem", "pixel_shuffle", "pixel_unshuffle"} == RESHAPES
+    assert {*call_ops.RESHAPES, "getitem", "pixel_shuffle", "pixel_unshuffle"} == RESHAPE_CALLS
 
 
 # ---- damage ------------------------------------------------------------------------------------
