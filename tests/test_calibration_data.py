@@ -17,13 +17,7 @@ from fxq.contracts import output_sqnr
 from fxq.errors import CalibrationError, FxqError
 from fxq.models_zoo import tiny_conv
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:
