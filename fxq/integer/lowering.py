@@ -27,7 +27,7 @@ from fxq.integer.layers import (
     is_supported,
 )
 from fxq.integer.ledger import Ledger, LedgerEntry, removed_by_passes
-from fxq.integer.program import Grid, Instruction, IntegerProgram
+from fxq.integer.program import Grid, Instruction, IntegerProgram, examples_of
 from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer
 from fxq.trail.journal import Journal
 
@@ -63,6 +63,7 @@ class Lowering:
         result = IntegerProgram(
             tuple(self.inputs), self.steps, self.output, self.tensors, self.foreign
         )
+        result.examples = examples_of(self.program.example_inputs, len(self.inputs))
         result.drop_unused()
         return result
 

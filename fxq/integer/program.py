@@ -34,7 +34,7 @@ import torch
 from fxq.errors import ArtifactError
 from fxq.integer.arguments import decode, encode, registers_in
 
-FORMAT = 1
+FORMAT = 2
 
 _DAMAGE = (
     LookupError,
@@ -86,6 +86,19 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Example:
+    """What an input looked like when the model was captured.
+
+    Attributes:
+        shape: Its shape; the first dimension is the batch.
+        dtype: Its dtype, as in ``float32``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
 class Instruction:
     """One step of an integer program.
 
@@ -124,6 +137,7 @@ class IntegerProgram:
         tensors: All weights, by name.
         foreign: Modules and functions of the user's own that float instructions call, by name; a
             program with any can run but not be stored.
+        examples: What each input looked like at capture; empty where that is not known.
     """
 
     inputs: tuple[str, ...]
@@ -131,6 +145,7 @@ class IntegerProgram:
     output: Any
     tensors: dict[str, torch.Tensor]
     foreign: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
 
     def __iter__(self) -> Iterator[Instruction]:
         return iter(self.instructions)
@@ -202,6 +217,7 @@ class IntegerProgram:
         return {
             "format": FORMAT,
             "inputs": list(self.inputs),
+            "examples": [[list(one.shape), one.dtype] for one in self.examples],
             "output": output,
             "instructions": steps,
         }
@@ -220,7 +236,10 @@ class IntegerProgram:
                     hint="compile again with this version, or load with the one that saved it",
                 )
             steps = [_step_from_json(entry) for entry in data["instructions"]]
-            program = cls(tuple(data["inputs"]), steps, decode(data["output"]), tensors)
+            examples = tuple(_example(entry) for entry in data["examples"])
+            program = cls(
+                tuple(data["inputs"]), steps, decode(data["output"]), tensors, examples=examples
+            )
         except _DAMAGE as error:
             raise ArtifactError(
                 f"the structure is damaged: {type(error).__name__} {error}",
@@ -257,6 +276,20 @@ class IntegerProgram:
         for role, name in step.tensors.items():
             if name not in self.tensors:
                 raise ArtifactError(f"the {role} tensor {name!r} is missing", where=step.name)
+
+
+def examples_of(inputs: tuple[Any, ...], count: int) -> tuple[Example, ...]:
+    """What example inputs look like; nothing where they are not ``count`` tensors."""
+    if len(inputs) != count or not all(isinstance(value, torch.Tensor) for value in inputs):
+        return ()
+    return tuple(
+        Example(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for value in inputs
+    )
+
+
+def _example(entry: Any) -> Example:
+    shape, dtype = entry
+    return Example(tuple(int(size) for size in shape), str(dtype))
 
 
 def _is_stored(name: str) -> bool:

@@ -273,10 +273,22 @@ def test_wrong_tensors_are_refused(name: str, stored) -> None:
         "text",
         3,
         {"format": FORMAT},
-        {"format": FORMAT, "inputs": ["x"], "output": None, "instructions": [3]},
-        {"format": FORMAT, "inputs": 3, "output": None, "instructions": []},
-        {"format": FORMAT, "inputs": [], "output": {"register": "y"}, "instructions": []},
-        {"format": FORMAT, "inputs": [], "output": {"a": 1, "b": 2}, "instructions": []},
+        {"format": FORMAT, "inputs": ["x"], "examples": [], "output": None, "instructions": [3]},
+        {"format": FORMAT, "inputs": 3, "examples": [], "output": None, "instructions": []},
+        {
+            "format": FORMAT,
+            "inputs": [],
+            "examples": [],
+            "output": {"register": "y"},
+            "instructions": [],
+        },
+        {
+            "format": FORMAT,
+            "inputs": [],
+            "examples": [],
+            "output": {"a": 1, "b": 2},
+            "instructions": [],
+        },
     ],
 )
 def test_other_data_is_refused(data: Any) -> None:
