@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .eager import EagerBackend
+from .onnx import OnnxBackend
 
 EAGER = EagerBackend()
+ONNX = OnnxBackend()
 
-CATALOG = (EAGER,)
+CATALOG = (EAGER, ONNX)
 
-__all__ = ["CATALOG", "EagerBackend"]
+__all__ = ["CATALOG", "EagerBackend", "OnnxBackend"]

@@ -20,9 +20,6 @@ from ._offsets import byte_offsets
 
 Run = Callable[[dict[str, Any]], Any]
 
-EXACT_LIMIT = 2**24
-"""Integers below this are exact in float32."""
-
 
 class Builder:
     """Chooses kernels and byte offsets, and packs weights."""
@@ -120,9 +117,7 @@ class Builder:
         scale, zero_point = self.label(step.name)
         return self.bounded(
             step,
-            lambda values: torch.quantize_per_tensor(
-                values[source].dequantize(), scale, zero_point, torch.quint8
-            ),
+            lambda values: kernels.quantize(values[source].dequantize(), scale, zero_point),
         )
 
     def _layer_tensors(self, step: Instruction) -> dict[str, torch.Tensor]:
@@ -163,7 +158,7 @@ class Builder:
         if zero_point == 0 or not self._pads_nothing(step):
             return False
         weight = tensors["weight"].flatten(1).long()
-        if int(weight.abs().sum(1).max()) * 255 >= EXACT_LIMIT:
+        if int(weight.abs().sum(1).max()) * 255 >= kernels.EXACT_LIMIT:
             return False
         tensors["bias"] = tensors["bias"].long() - zero_point * weight.sum(1)
         return True
@@ -186,12 +181,12 @@ class Builder:
 
     def linear(self, step: Instruction) -> Run:
         source = step.inputs[0]
-        engine = "fbgemm" if step.grid is None else self.engine_for(step)
-        kernel = kernels.Linear(
-            **self._layer_tensors(step), relu=step.attributes["relu"], engine=engine
-        )
+        tensors, relu = self._layer_tensors(step), step.attributes["relu"]
         if step.grid is None:
-            return lambda values: kernel.to_float(values[source])
+            del tensors["scale"]
+            wide = kernels.FloatLinear(**tensors, relu=relu)
+            return lambda values: wide(values[source])
+        kernel = kernels.Linear(**tensors, relu=relu, engine=self.engine_for(step))
         scale, zero_point = self.label(step.name)
         return self.bounded(step, lambda values: kernel(values[source], scale, zero_point))
 

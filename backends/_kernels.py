@@ -22,6 +22,9 @@ from fxq.integer.layers import float_bias
 ENGINES = ("x86", "fbgemm", "onednn")
 """``x86`` takes the faster exact kernel of the other two for each layer on this CPU."""
 
+EXACT_LIMIT = 2**24
+"""Integers below this are exact in float32."""
+
 _CONV = {1: "conv1d", 2: "conv2d", 3: "conv3d"}
 
 
@@ -119,9 +122,20 @@ def relabel(labelled: torch.Tensor, scale: float, zero_point: int) -> torch.Tens
 
 
 def quantize(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
-    """Labelled codes of a float tensor, in its own memory layout; the first layer reorders best."""
-    codes: torch.Tensor = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
-    return codes
+    """Labelled codes of a float tensor, in its own memory layout; the first layer reorders best.
+
+    Raises:
+        RuntimeError: The tensor is not float32.
+    """
+    if x.dtype is not torch.float32:
+        raise RuntimeError(f"codes are made of float32, not {str(x.dtype).removeprefix('torch.')}")
+    # Torch's kernel would multiply by 1 / scale and round with the zero point in; what it is given
+    # here is in steps already, and rounded wherever there is a zero point to add.
+    steps = x / scale
+    if zero_point:
+        steps.round_()
+    codes = torch.quantize_per_tensor(steps, 1.0, zero_point, torch.quint8)
+    return relabel(codes, scale, zero_point)
 
 
 def onednn_is_right(weight: torch.Tensor, geometry: dict[str, Any]) -> bool:
@@ -243,7 +257,6 @@ class Linear:
                 _labelled_weight(weight, scale), _exact_bias(bias, unit)
             )
         self.engine = engine
-        self.relu = relu
         self.run = torch.ops.quantized.linear_relu if relu else torch.ops.quantized.linear
 
     def __call__(self, codes: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
@@ -251,13 +264,51 @@ class Linear:
         result: torch.Tensor = self.run(codes, self.packed, scale, zero_point)
         return result
 
-    def to_float(self, codes: torch.Tensor) -> torch.Tensor:
-        """The product in float32, without rounding it to codes; fbgemm only."""
-        scale, zero_point = codes.q_scale(), codes.q_zero_point()
-        product: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            codes.dequantize(), scale, zero_point, self.packed
-        )
-        return product.clamp_(min=0) if self.relu else product
+
+class FloatLinear:
+    """A packed integer linear to float32, always on fbgemm.
+
+    The kernel gives ``acc + bias`` as a float, exactly, because all its scales are one and its sums
+    are integers below 2**24; wider layers are packed in parts.
+
+    Args:
+        weight: ``[out, in]`` int8.
+        bias: ``[out]`` int32, in accumulator units.
+        unit: ``[out]`` float32; value of an accumulator unit.
+        relu: Whether negative results become zero.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor, unit: torch.Tensor, relu: bool
+    ) -> None:
+        whole = largest_sum(weight, bias) < EXACT_LIMIT
+        self._width = weight.shape[1] if whole else EXACT_LIMIT // (255 * 128)
+        self._bias = None if whole else bias
+        self._parts = [
+            _unscaled(part, bias if whole else torch.zeros_like(bias))
+            for part in torch.split(weight, self._width, 1)
+        ]
+        self._unit = unit
+        self._relu = relu
+
+    def __call__(self, codes: torch.Tensor) -> torch.Tensor:
+        """``[..., out]`` float32: the sums of the products of labelled codes, in real units."""
+        zero_point = codes.q_zero_point()
+        parts = torch.split(relabel(codes, 1.0, zero_point).dequantize(), self._width, -1)
+        sums = [
+            torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+                part, 1.0, zero_point, packed
+            )
+            for part, packed in zip(parts, self._parts, strict=True)
+        ]
+        product: torch.Tensor = self._total(sums).mul_(self._unit)
+        return product.clamp_(min=0) if self._relu else product
+
+    def _total(self, sums: list[torch.Tensor]) -> torch.Tensor:
+        """The parts and the bias added up, and rounded to float32 once."""
+        if self._bias is None:
+            return sums[0]
+        return sum((part.double() for part in sums), self._bias.double()).float()
 
 
 def add(
@@ -286,6 +337,19 @@ def _labelled_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         weight.contiguous(), scale.double(), zero_points, 0
     )
     return labelled
+
+
+def largest_sum(weight: torch.Tensor, bias: torch.Tensor) -> int:
+    """What no sum of products with bytes, or with bytes around a zero point, and a bias exceeds."""
+    worst = weight.flatten(1).long().abs().sum(1) * 255 + bias.long().abs()
+    return int(worst.max())
+
+
+def _unscaled(weight: torch.Tensor, bias: torch.Tensor) -> Any:
+    """Packed weights of a linear whose results are in accumulator units."""
+    with packing_for("fbgemm"):
+        one = torch.ones(len(weight))
+        return torch.ops.quantized.linear_prepack(_labelled_weight(weight, one), bias.float())
 
 
 def _exact_bias(bias: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .load import Subject
 
-FLOAT, TORCH_AO = "float", "torch.ao"
+FLOAT, TORCH_AO, ONNXRUNTIME = "float", "torch.ao", "onnxruntime"
 WARM_UP = 3
 MINIMUM_SECONDS = 0.02
 """A contender runs as often per round as fills this time, so that the clock does not show."""
@@ -45,6 +45,7 @@ class Request:
     images: int = 32
     model: str | None = None
     seed: int = 0
+    backends: list[str] = field(default_factory=lambda: ["eager"])
     plugins: list[Path] = field(default_factory=list)
 
 
@@ -173,7 +174,7 @@ def _of_run(request: Request) -> tuple[tuple[int, ...], list[Contender]]:
             hint="pass --input-shape 1,3,224,224",
         )
     subject = None
-    if {FLOAT, TORCH_AO} & set(request.against):
+    if {FLOAT, TORCH_AO, ONNXRUNTIME} & set(request.against):
         subject = _original(request, about)
     engine = request.engine or _engine_of(artifact)
     own = [Contender(_label(request.name), artifact.module)]
@@ -218,7 +219,7 @@ def _of_model(request: Request) -> tuple[tuple[int, ...], list[Contender]]:
     from fxq.recipe import Recipe
 
     from . import show
-    from .compile import compiled
+    from .compile import backend_options, compiled
     from .load import load_subject
 
     recipes = [Recipe.load(name) for name in request.recipes]
@@ -233,9 +234,15 @@ def _of_model(request: Request) -> tuple[tuple[int, ...], list[Contender]]:
     own = []
     for recipe in recipes:
         show.notice(f"compiling {recipe.name}, calibrated on {source}")
-        result = compiled(subject, recipe, batches, engine=engine)
-        own.append(Contender(recipe.name, result.module))
+        for backend in request.backends:
+            options = backend_options(engine) if backend == "eager" else {}
+            result = compiled(subject, recipe, batches, backend=backend, options=options)
+            own.append(Contender(_contender_name(request, recipe.name, backend), result.module))
     return subject.shape, own + _peers(request, subject, engine)
+
+
+def _contender_name(request: Request, recipe: str, backend: str) -> str:
+    return recipe if request.backends == ["eager"] else f"{recipe} on {backend}"
 
 
 def calibration_batches(request: Request, subject: Subject) -> tuple[str, list[Any]]:
@@ -265,17 +272,19 @@ def _peers(request: Request, subject: Subject | None, engine: Engine) -> list[Co
 def _peer(name: str, request: Request, subject: Subject | None, engine: Engine) -> Contender:
     from . import show
 
-    if name not in (FLOAT, TORCH_AO):
+    if name not in (FLOAT, TORCH_AO, ONNXRUNTIME):
         return Contender(_label(name), _artifact(name, request.engine).module, peer=True)
     if subject is None:
         raise FxqError(f"{name} needs the float network", hint="pass --model")
     if name == FLOAT:
         return Contender(FLOAT, subject.model.module, peer=True)
+    from .bench_onnxruntime import onnxruntime_int8
     from .bench_peers import torch_ao_int8
 
-    show.notice("quantizing with torch.ao")
+    show.notice(f"quantizing with {name}")
     _, batches = calibration_batches(request, subject)
-    module = torch_ao_int8(
-        subject.model.module, subject.model.example_inputs, batches, engine.value
+    network = (subject.model.module, subject.model.example_inputs, batches)
+    quantized = (
+        onnxruntime_int8(*network) if name == ONNXRUNTIME else torch_ao_int8(*network, engine.value)
     )
-    return Contender(TORCH_AO, module, peer=True)
+    return Contender(name, quantized, peer=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fxq.errors import ArtifactError
 from fxq.zoo_entry import Normalization
 
-from .options import Engine, Print, default_folder
+from .options import Engine, Flavor, Print, default_folder
 
 if TYPE_CHECKING:
     from fxq.compiler import Result
@@ -35,7 +35,7 @@ class Job:
     eval_images: int | None = None
     settings: list[str] = field(default_factory=list)
     backend: str = "eager"
-    engine: Engine | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     output: Path | None = None
     force: bool = False
     batch_size: int = 64
@@ -71,7 +71,7 @@ def run(job: Job) -> None:
             plan.recipe,
             plan.calibration and plan.calibration.data,
             backend=job.backend,
-            engine=job.engine,
+            options=job.options,
             leaves=job.leaves,
             reporter=reporter,
         )
@@ -178,14 +178,13 @@ def compiled(
     calibration: Iterable[Any] | None,
     *,
     backend: str = "eager",
-    engine: Engine | None = None,
+    options: dict[str, Any] | None = None,
     leaves: list[str] | None = None,
     reporter: Any = None,
 ) -> Result:
     """A network through a recipe."""
     from fxq.compiler import compile as compile_model
 
-    options: dict[str, Any] = {"engine": engine.value} if engine is not None else {}
     return compile_model(
         subject.model.module,
         subject.model.example_inputs,
@@ -195,8 +194,20 @@ def compiled(
         leaf_modules=leaves or (),
         on_step=None if reporter is None else reporter.step,
         progress=reporter,
-        **options,
+        **(options or {}),
     )
+
+
+def backend_options(
+    engine: Engine | None, flavor: Flavor | None = None, opset: int | None = None
+) -> dict[str, Any]:
+    """The options of a backend that were given."""
+    given = {
+        "engine": engine and engine.value,
+        "flavor": flavor and flavor.value,
+        "opset": opset,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _measured(plan: _Plan, module: Any, reporter: Any) -> Score | None:
@@ -247,7 +258,7 @@ def float_bytes(module: Any) -> int:
 def folder_bytes(folder: Path) -> int:
     """Bytes of the weight file and the structure of a run, which are what is deployed."""
     total = 0
-    for name in ("weights.safetensors", "structure.json"):
+    for name in ("weights.safetensors", "structure.json", "model.onnx", "model.onnx.data"):
         with contextlib.suppress(OSError):
             total += (folder / name).stat().st_size
     return total
@@ -257,10 +268,10 @@ def _summarize(plan: _Plan, result: Result, before: Score | None, after: Score |
     from . import show, show_compile
 
     artifact = result.artifact
-    engine = artifact.metadata.get("engine")
+    kind = artifact.metadata.get("engine") or artifact.metadata.get("flavor")
     rows = [
         ("network", plan.subject.model.spec),
-        ("recipe", f"{plan.recipe.name} on {artifact.backend}" + (f", {engine}" if engine else "")),
+        ("recipe", f"{plan.recipe.name} on {artifact.backend}" + (f", {kind}" if kind else "")),
         ("weights", _sizes(float_bytes(plan.subject.model.module), artifact.size_after)),
         ("coverage", coverage_text(artifact.ledger)),
     ]

@@ -123,7 +123,7 @@ def _work(name: str, subject: Any, batches: list[Any], engine: Engine) -> Any:
 
     recipe = Recipe.load(name)
     find_backend("eager")
-    return lambda: compiled(subject, recipe, batches, engine=engine)
+    return lambda: compiled(subject, recipe, batches, options={"engine": engine.value})
 
 
 def peak_memory() -> int:

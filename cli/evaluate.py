@@ -50,13 +50,7 @@ def _evaluation(
 ) -> Evaluation:
     from .score import evaluation_of
 
-    chosen = data or about.get("data") or None
-    if chosen is not None and chosen.partition(":")[0].endswith(".py"):
-        subject, chosen = _from_model_file(chosen), None
-    else:
-        subject = _described(about, normalization)
-    if chosen and chosen == subject.builtin:
-        chosen = None
+    subject, chosen = subject_of(about, data, normalization)
     found = evaluation_of(subject, chosen, limit=limit, batch_size=batch_size)
     if found is None:
         spec = str(about.get("spec", ""))
@@ -65,6 +59,23 @@ def _evaluation(
             hint = f"pass --data {spec}, whose eval_data or evaluate is then used; or a path"
         raise DataError("there is nothing to measure with", where=spec or None, hint=hint)
     return found
+
+
+def subject_of(
+    about: dict[str, Any], data: str | None, normalization: Normalization | None
+) -> tuple[Subject, str | None]:
+    """The network of a run, and the path of its data; None where it brings data of its own.
+
+    Args:
+        about: What the run says of its network.
+        data: A path or a model.py; what the run was measured on if None.
+        normalization: How pixels become its input, where the run does not say.
+    """
+    chosen = data or about.get("data") or None
+    if chosen is not None and chosen.partition(":")[0].endswith(".py"):
+        return _from_model_file(chosen), None
+    subject = _described(about, normalization)
+    return subject, None if chosen == subject.builtin else chosen
 
 
 def _from_model_file(spec: str) -> Subject:

@@ -32,6 +32,16 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fxq eval runs/mine --data model.py",
         "fxq eval runs/cifar-resnet20-aciq-4bit --data test.npz --engine fbgemm",
     ),
+    "export": (
+        "fxq export runs/digits-convnet-aciq-4bit --force",
+        "fxq export runs/digits-convnet-aciq-4bit --flavor compact -o compact.onnx --force",
+        "fxq export runs/mine --opset 22 --static -o mine.onnx",
+    ),
+    "verify": (
+        "fxq verify runs/digits-convnet-aciq-4bit",
+        "fxq verify runs/mine --data model.py --runtime eager --engine x86 --all",
+        "fxq verify runs/digits-convnet-aciq-4bit --flavor compact --json",
+    ),
     "bench": (
         "fxq bench runs/digits-convnet-aciq-4bit --rounds 5",
         "fxq bench tiny/conv -r minmax-int8,aciq-4bit --against float,torch.ao",

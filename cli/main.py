@@ -11,7 +11,9 @@ import typer
 
 from . import options as opt
 from .examples import epilog
+from .export_command import export_command
 from .guard import INTERRUPTED, Guarded
+from .verify_command import verify_command
 
 app = typer.Typer(
     cls=Guarded,
@@ -71,6 +73,8 @@ def compile_command(
     settings: opt.Settings = None,
     backend: opt.Backend = "eager",
     engine: opt.EngineOption = None,
+    flavor: opt.FlavorOption = None,
+    opset: opt.Opset = None,
     accept_coverage: opt.AcceptCoverage = False,
     weights: opt.Weights = None,
     input_shape: opt.InputShape = None,
@@ -106,7 +110,7 @@ def compile_command(
         eval_images=eval_images,
         settings=settings or [],
         backend=backend,
-        engine=engine,
+        options=work.backend_options(engine, flavor, opset),
         output=output,
         force=force,
         batch_size=batch_size,
@@ -232,6 +236,10 @@ def eval_command(
     )
 
 
+app.command("export", epilog=epilog("export"))(export_command)
+app.command("verify", epilog=epilog("verify"))(verify_command)
+
+
 @app.command("bench", epilog=epilog("bench"))
 def bench_command(
     name: opt.RunOrModel,
@@ -244,9 +252,12 @@ def bench_command(
             "--against",
             "-a",
             metavar="NAME,…",
-            help="What to compare with: `float`, `torch.ao` or other runs",
+            help="What to compare with: `float`, `torch.ao`, `onnxruntime` or other runs",
         ),
     ] = "float",
+    backend: Annotated[
+        str, typer.Option("--backend", metavar="NAME,…", help="Backends to compile MODEL for")
+    ] = "eager",
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images per batch")] = 8,
     threads: opt.Threads = None,
     rounds: Annotated[
@@ -297,6 +308,7 @@ def bench_command(
         name=name,
         recipes=opt.names(recipe),
         against=opt.names(against),
+        backends=opt.names(backend),
         batch=batch,
         threads=threads,
         rounds=rounds or (3 if compile_time else 15),

@@ -29,6 +29,14 @@ class Engine(StrEnum):
     ONEDNN = "onednn"
 
 
+class Flavor(StrEnum):
+    """What the onnx backend stores integers in."""
+
+    FAST = "fast"
+    PACKED = "packed"
+    COMPACT = "compact"
+
+
 _NETWORK, _DATA, _COMPILATION, _OUTPUT = "Network", "Data", "Compilation", "Output"
 
 Model = Annotated[
@@ -88,6 +96,25 @@ EngineOption = Annotated[
         show_default=False,
         rich_help_panel=_COMPILATION,
         help="Kernel library of the eager backend",
+    ),
+]
+FlavorOption = Annotated[
+    Flavor | None,
+    typer.Option(
+        "--flavor",
+        show_default=False,
+        rich_help_panel=_COMPILATION,
+        help="What the onnx backend stores integers in; fast if not given",
+    ),
+]
+Opset = Annotated[
+    int | None,
+    typer.Option(
+        "--opset",
+        metavar="N",
+        show_default=False,
+        rich_help_panel=_COMPILATION,
+        help="Opset of the ONNX model, 21 or later; 21 if not given",
     ),
 ]
 AcceptCoverage = Annotated[

@@ -115,6 +115,9 @@ class Artifact:
             (folder / "recipe.toml").write_text(self.recipe_toml, encoding="utf-8")
         if self.journal is not None:
             self.journal.save(folder)
+        write = getattr(find_backend(self.backend), "write", None)
+        if write is not None:
+            write(self, folder)
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -215,18 +218,19 @@ def load(path: str | Path, engine: str | None = None) -> Artifact:
 def _load(folder: Path, engine: str | None) -> Artifact:
     metadata = _object(folder / "metadata.json")
     integers = IntegerProgram.from_json(_json(folder / "structure.json"), _tensors(folder))
-    chosen = engine or str(metadata.get("engine") or "x86")
     backend = str(metadata.get("backend", "eager"))
+    if engine is not None:
+        metadata["engine"] = engine
     recipe = folder / "recipe.toml"
     return Artifact(
         integers=integers,
         ledger=Ledger.from_json(_json(folder / "ledger.json")),
-        module=_build(backend, integers, chosen),
+        module=_build(backend, integers, folder, metadata),
         backend=backend,
         journal=_journal(folder),
         recipe_toml=_text(recipe) if recipe.exists() else "",
         promised_coverage=_share(metadata.get("promised_coverage", 1.0)),
-        metadata={**metadata, "engine": chosen},
+        metadata=metadata,
     )
 
 
@@ -247,10 +251,14 @@ def _journal(folder: Path) -> Journal | None:
         ) from error
 
 
-def _build(backend: str, integers: IntegerProgram, engine: str) -> nn.Module:
+def _build(
+    backend: str, integers: IntegerProgram, folder: Path, metadata: dict[str, Any]
+) -> nn.Module:
     builder: Any = find_backend(backend)
+    known = {name: metadata.get(name) for name in ("engine", "flavor")}
+    options = {name: str(value) for name, value in known.items() if value is not None}
     try:
-        module: nn.Module = builder.load(integers, engine=engine)
+        module: nn.Module = builder.load(integers, folder=folder, **options)
     except _MISFITS as error:
         raise ArtifactError(
             f"the structure does not fit its tensors: {str(error).splitlines()[0]}",

@@ -116,6 +116,10 @@ class DataError(FxqError):
     """A dataset or weight file is missing, damaged or of the wrong shape."""
 
 
+class MismatchError(FxqError):
+    """A runtime computes something else than the integer reference, where it must not."""
+
+
 class SpecError(FxqError, ValueError):
     """A quantization spec asks for something that does not exist."""
 

@@ -4,6 +4,9 @@ Placement, stated once. The bits of a pass apply to what convolutions and linear
 weights and their inputs. The first layer and the last keep ``first_last_bits`` for both. Values
 that only residual adds and pools read are sums on their way to the next quantizer, and keep
 ``addend_bits``; so a 4-bit network has 4-bit multiplications and 8-bit residual sums.
+
+The scales of residual sums are settled last (`fxq.passes.settling`): moved by a few parts in
+100,000 to where the codes of a sum do not depend on the kernel that adds.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from fxq.numerics.saturation import largest_pair_sum, pair_limit
 from fxq.pipeline import Pass
 from fxq.quant.observers import Observer
 from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer, from_rows, rows
+
+from .settling import settle_sums
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class Quantization(Pass):
         places = self._places(program, regions, edges)
         self._quantize_layers(program, edit, regions, edges)
         self._quantize_values(program, edit, places)
+        settle_sums(program, edit)
 
     def check_options(self, where: str = "") -> None:
         """Every number of bits is one there are containers for.

@@ -203,7 +203,7 @@ def test_every_file_of_passes_is_listed_or_shared() -> None:
     listed = {
         one.__module__.split(".")[-1] for one in importlib.import_module("fxq.passes").CATALOG
     }
-    shared = {"__init__", "quantization"}
+    shared = {"__init__", "quantization", "settling"}
     assert {path.stem for path in (ROOT / "passes").glob("*.py")} - shared == listed
 
 

@@ -5,11 +5,11 @@ The instructions and what they compute exactly (``f32`` is rounding to float32, 
 to even, ``clamp`` is to the codes of the grid, from the zero point up where a ReLU is fused):
 
 ===============  ===============================================================================
-quantize         ``clamp(rint(f32(x / scale + zero_point)))`` with ``1 / scale`` in float32
+quantize         ``clamp(rint(f32(x / scale)) + zero_point)``, as ONNX's QuantizeLinear
 dequantize       ``scale * (q - zero_point)``, exact in float32
 requantize       ``quantize(dequantize(q))``
-conv, linear     ``clamp(rint(f32(f32(acc + bias) * m)) + zero_point)``
-linear to float  ``f32(acc * f32(sx * sw) + f32(bias * f32(sx * sw)))``, one rounding
+conv, linear     ``clamp(rint(f32(f32(f32(acc) + bias) * m)) + zero_point)``
+linear to float  ``f32(f32(acc + bias) * f32(sx * sw))``, then the ReLU
 add              ``clamp(rint(f32(f32(a + b) * f32(1 / scale))) + zero_point)``, dequantized a, b
 global_avg_pool  ``clamp(rint(f32(f32(sum(q - zx)) * f32(sx / (n * sy)))) + zero_point)``
 max_pool, pad,   codes are moved, not computed with
@@ -20,7 +20,8 @@ float, module    a PyTorch operator or module in float
 
 ``acc`` is the exact integer ``sum((q - zx) * w)``, ``bias`` an int32, and ``m`` is
 ``f32(sx * sw) / sy``. Scales have 16 significant bits, which is what makes
-``scale * (q - zero_point)`` exact. An average pool is a depthwise conv of ones.
+``scale * (q - zero_point)`` exact. An average pool is a depthwise conv of ones. An add whose
+scale was settled gives the same in other orders of rounding (`fxq.numerics.residual`).
 """
 
 from __future__ import annotations

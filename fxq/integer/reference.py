@@ -16,7 +16,7 @@ from fxq.integer.arguments import registers_in, substitute
 from fxq.integer.float_ops import build_module, resolve
 from fxq.integer.layers import accumulator_scale
 from fxq.integer.program import Grid, Instruction, IntegerProgram
-from fxq.numerics.affine import dequantize, quantize_fused
+from fxq.numerics.affine import dequantize, quantize
 
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -51,6 +51,11 @@ class Reference:
             for step in self.program:
                 values[step.name] = _RULES[step.op](self, step, values, grids)
         return substitute(self.program.output, values), values
+
+    def step(self, step: Instruction, values: dict[str, Any]) -> Any:
+        """What one instruction computes from the registers it reads (codes as int32)."""
+        with torch.no_grad():
+            return _RULES[step.op](self, step, values, self.program.grids())
 
     # ---- rules -------------------------------------------------------------------------------
 
@@ -87,9 +92,9 @@ class Reference:
         if step.grid is not None:
             return self._rescale(step, accumulator, source, dim=-1)
         unit = accumulator_scale(source.scale, self.program.tensor(step, "scale"))
-        bias = (self.program.tensor(step, "bias").double() * unit.double()).float()
-        exact = accumulator.float().double() * unit.double() + bias.double()
-        return exact.float().clamp(min=0) if step.attributes["relu"] else exact.float()
+        total = (accumulator + self.program.tensor(step, "bias")).float()
+        product = total * unit
+        return product.clamp(min=0) if step.attributes["relu"] else product
 
     def _rescale(
         self, step: Instruction, accumulator: torch.Tensor, source: Grid, dim: int
@@ -218,7 +223,7 @@ def _grid(step: Instruction) -> Grid:
 
 
 def _to_codes(x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    return quantize_fused(x, grid.scale, grid.zero_point, 0, grid.top)
+    return quantize(x, grid.scale, grid.zero_point, 0, grid.top)
 
 
 def _to_float(codes: Any, grid: Grid) -> Any:

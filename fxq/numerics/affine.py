@@ -2,7 +2,7 @@
 
 Scales are *short*: 16 significant bits, so `scale * (code - zero_point)` is exact in float32 for
 every code of up to 8 bits. Order of operations and fused multiply-add then cannot matter, which is
-what lets two kernels agree to the last bit.
+what lets two kernels agree to the last bit. Codes are those of ONNX's `QuantizeLinear`.
 
 Papers:
     Jacob et al., "Quantization and Training of Neural Networks for Efficient
@@ -144,11 +144,12 @@ def quantize(
     qmax: int,
     axis: int | None = None,
 ) -> Tensor:
-    """Codes `clamp(rint(x * (1 / scale)) + zero_point, qmin, qmax)`, in float32, ties to even.
+    """Codes `clamp(rint(x / scale) + zero_point, qmin, qmax)`, in float32, ties to even.
 
-    This is what `torch.fake_quantize_per_tensor_affine` computes, to the last bit; and, for a zero
-    point of 0, `torch.quantize_per_tensor`, too. Infinities saturate; the code of a NaN is
-    undefined (nothing is raised: the check would cost more than the rounding).
+    This is what ONNX's `QuantizeLinear` computes, to the last bit. Torch multiplies by the
+    reciprocal, and `torch.quantize_per_tensor` rounds after the zero point is in; both differ from
+    this only where `x / scale` is within float32 rounding of a tie. Infinities saturate; the code
+    of a NaN is undefined (nothing is raised: the check would cost more than the rounding).
 
     Args:
         x: [...] in real units.
@@ -169,36 +170,6 @@ def quantize(
         [0, 1, 3, 3]
     """
     return _codes(x, scale, zero_point, qmin, qmax, axis).to(torch.int32)
-
-
-def quantize_fused(
-    x: Tensor, scale: float, zero_point: int, qmin: int = 0, qmax: int = 255
-) -> Tensor:
-    """Codes `clamp(rint(fma(x, 1 / scale, zero_point)), qmin, qmax)`: the zero point goes in first.
-
-    This is what `torch.quantize_per_tensor` computes on a CPU with fused multiply-add, to the last
-    bit. It differs from `quantize` only where x / scale is within float32 rounding of a tie: a tie
-    goes to an even *code*, not to an even multiple of the scale. Zero points of 0 agree.
-
-    Args:
-        x: [...] in real units.
-        scale: In real units, > 0.
-        zero_point: The code of 0.
-        qmin: Smallest code.
-        qmax: Largest code.
-
-    Returns:
-        [...] int32.
-
-    Example:
-        >>> x = torch.tensor([0.25, 0.75])
-        >>> quantize(x, 0.5, 1, 0, 3).tolist(), quantize_fused(x, 0.5, 1, 0, 3).tolist()
-        ([1, 3], [2, 2])
-    """
-    inverse = float(1.0 / _along(scale, x, None))
-    # Both factors have 24 bits, so float64 holds their product exactly, like the fused operation.
-    exact = x.to(torch.float32).to(torch.float64).mul_(inverse).add_(zero_point)
-    return exact.to(torch.float32).round_().clamp_(qmin, qmax).to(torch.int32)
 
 
 def dequantize(
@@ -266,9 +237,8 @@ def _codes(
     qmax: int,
     axis: int | None,
 ) -> Tensor:
-    inverse = 1.0 / _along(scale, x, axis)
     # x.float() may be x itself, so the first operation must not be in place.
-    codes = (x.to(torch.float32) * inverse).round_()
+    codes = (x.to(torch.float32) / _along(scale, x, axis)).round_()
     return codes.add_(_along(zero_point, x, axis)).clamp_(qmin, qmax)
 
 

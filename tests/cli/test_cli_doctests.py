@@ -9,7 +9,15 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["fxq.cli.options", "fxq.cli.show", "fxq.cli.score", "fxq.cli.bench", "fxq.model_file"]
+    "name",
+    [
+        "fxq.cli.options",
+        "fxq.cli.show",
+        "fxq.cli.score",
+        "fxq.cli.bench",
+        "fxq.cli.verify_runtimes",
+        "fxq.model_file",
+    ],
 )
 def test_examples(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))

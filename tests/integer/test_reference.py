@@ -14,6 +14,7 @@ from torch import Tensor
 from fxq.integer.arguments import Register
 from fxq.integer.program import Grid, Instruction, IntegerProgram
 from fxq.integer.reference import Reference, average_multiplier
+from fxq.numerics.affine import short_scale
 
 HALF = Grid(0.5, 2, 4)
 """Codes 0 .. 15 for -1.0 .. 6.5."""
@@ -61,7 +62,7 @@ def geometry(dims: int, **changed: Any) -> dict[str, Any]:
 
 def test_quantize() -> None:
     x = torch.tensor([-9.0, -1.0, -0.25, 0.0, 0.24, 0.25, 0.75, 6.5, 99.0])
-    # x / 0.5 + 2 is -16, 0, 1.5, 2, 2.48, 2.5, 3.5, 15, 200; halves go to the even code
+    # x / 0.5 is -18, -2, -0.5, 0, 0.48, 0.5, 1.5, 13, 198; halves go to the even multiple
     assert Reference(program([quantized()]))(x).tolist() == [0, 0, 2, 2, 2, 2, 4, 15, 15]
 
 
@@ -74,9 +75,9 @@ def test_dequantize() -> None:
 
 def test_requantize() -> None:
     steps = [quantized(), Instruction("y", "requantize", ("q",), grid=Grid(1.0, 1, 2))]
-    # -1, -0.5, 0, 0.5, 1, 1.5, 6.5 plus one: 0, 0.5, 1, 1.5, 2, 2.5, 7.5
+    # rounded to -1, 0, 0, 0, 1, 2, 6, then plus one
     x = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 6.5])
-    assert Reference(program(steps))(x).tolist() == [0, 0, 1, 2, 2, 2, 3]
+    assert Reference(program(steps))(x).tolist() == [0, 1, 1, 1, 2, 3, 3]
 
 
 def test_linear() -> None:
@@ -92,6 +93,18 @@ def test_linear_to_float() -> None:
     assert Reference(run)(torch.tensor([[1.0, -0.5, 2.0]])).tolist() == [[2.0, -2.0]]
     run = layer("linear", [[-3, 2, -1]], [0.5], [4], None, relu=True)
     assert Reference(run)(torch.tensor([[1.0, -0.5, 2.0]])).tolist() == [[0.0]]
+
+
+def test_linear_to_float_rounds_the_sum_and_then_the_product() -> None:
+    """Products of more than 24 bits are not rounded before the bias is in."""
+    width = 600
+    source, scale = Grid(0.5, 0, 8), short_scale(1e-3)
+    run = layer("linear", [[127] * (width - 1) + [2]], [scale], [1], None, source=source)
+    x = torch.full((1, width), 127.5)
+    x[0, -1] = 0.5
+    total = 127 * 255 * (width - 1) + 2 + 1
+    assert f32(f32(total - 1) + 1) != f32(total) == total > 2**24
+    assert Reference(run)(x).tolist() == [[f32(f32(total) * f32(0.5 * scale))]]
 
 
 def test_convolution_pads_with_zeros() -> None:

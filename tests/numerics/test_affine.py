@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +17,6 @@ from fxq.numerics.affine import (
     fake_quantize,
     grid_from_range,
     quantize,
-    quantize_fused,
     short_scale,
 )
 
@@ -113,40 +113,63 @@ SCALES = (0.5, 0.1, 1 / 3, 1.7e-4, 23.7, 2.0**-10)
 
 @pytest.mark.parametrize("raw", SCALES)
 @pytest.mark.parametrize("zero_point", [0, 7, 128, 255])
-def test_quantize_is_torchs_fake_quantize(raw: float, zero_point: int) -> None:
+def test_quantize_is_division_in_float32(raw: float, zero_point: int) -> None:
     scale = short_scale(raw)
-    x = tie_data(scale)
+    x = torch.cat([tie_data(scale), torch.randn(200_001) * scale * 100])
     codes = quantize(x, scale, zero_point, 0, 255)
     assert codes.dtype == torch.int32
-    ours = dequantize(codes, scale, zero_point)
-    assert torch.equal(ours, torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 255))
-    assert torch.equal(ours, fake_quantize(x, scale, zero_point, 0, 255))
+    rounded = np.rint(x.numpy() / np.float32(scale)) + np.float32(zero_point)
+    assert np.array_equal(codes.numpy(), np.clip(rounded, 0, 255))
+    simulated = fake_quantize(x, scale, zero_point, 0, 255)
+    assert torch.equal(simulated, dequantize(codes, scale, zero_point))
 
 
 @pytest.mark.parametrize("raw", SCALES)
 @pytest.mark.parametrize("zero_point", [0, 7, 128, 255])
-def test_quantize_fused_is_torchs_quantize_per_tensor(raw: float, zero_point: int) -> None:
+def test_quantize_is_onnx_runtimes(raw: float, zero_point: int) -> None:
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    helper, kinds = onnx.helper, onnx.TensorProto
+    scale = short_scale(raw)
+    graph = helper.make_graph(
+        [helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"])],
+        "quantize",
+        [helper.make_tensor_value_info("x", kinds.FLOAT, ["n"])],
+        [helper.make_tensor_value_info("y", kinds.UINT8, ["n"])],
+        [
+            helper.make_tensor("scale", kinds.FLOAT, [], [scale]),
+            helper.make_tensor("zero", kinds.UINT8, [], [zero_point]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    session = runtime.InferenceSession(model.SerializeToString())
+    beyond = torch.tensor([math.inf, -math.inf, 3e38, -3e38])
+    x = torch.cat([tie_data(scale), torch.randn(200_001) * scale * 100, beyond])
+    (codes,) = session.run(None, {"x": x.numpy()})
+    assert np.array_equal(quantize(x, scale, zero_point, 0, 255).numpy(), codes)
+
+
+@pytest.mark.parametrize("raw", SCALES)
+@pytest.mark.parametrize("zero_point", [0, 7, 128, 255])
+def test_torch_quantizes_the_same_away_from_ties(raw: float, zero_point: int) -> None:
     scale = short_scale(raw)
     x = tie_data(scale)
-    theirs = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
-    fused = quantize_fused(x, scale, zero_point)
-    assert torch.equal(fused, theirs.int_repr().int())
-    assert torch.equal(dequantize(fused, scale, zero_point), theirs.dequantize())
-    plain = quantize(x, scale, zero_point, 0, 255)
-    assert int((plain - fused).abs().max()) <= 1
-    if zero_point == 0:
-        assert torch.equal(plain, fused)
+    ours = quantize(x, scale, zero_point, 0, 255)
+    theirs = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8).int_repr().int()
+    simulated = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 255)
     away = ((x / scale).abs().frac() - 0.5).abs() > 1e-4
-    assert torch.equal(plain[away], fused[away])
+    assert torch.equal(ours[away], theirs[away])
+    assert int((ours - theirs).abs().max()) <= 1
+    assert torch.equal(dequantize(ours, scale, zero_point)[away], simulated[away])
 
 
-def test_quantize_is_torchs_quantize_per_channel_of_symmetric_weights() -> None:
+def test_quantize_per_channel_is_that_of_each_channel() -> None:
     scale = short_scale(torch.tensor([0.1, 0.037, 2.5]))
+    zero = torch.tensor([3.0, 0.0, 200.0])
     x = torch.stack([tie_data(float(one)) for one in scale])
-    theirs = torch.quantize_per_channel(x, scale, torch.zeros(3, dtype=torch.int64), 0, torch.qint8)
-    assert torch.equal(quantize(x, scale, 0, -128, 127, axis=0), theirs.int_repr().int())
-    ours = fake_quantize(x.T, scale, torch.zeros(3), -128, 127, axis=1)
-    assert torch.equal(ours, theirs.dequantize().T)
+    alone = [quantize(x[i], float(scale[i]), int(zero[i]), 0, 255) for i in range(3)]
+    assert torch.equal(quantize(x, scale, zero, 0, 255, axis=0), torch.stack(alone))
+    simulated = fake_quantize(x.T, scale, zero, 0, 255, axis=1).T
+    assert torch.equal(simulated, dequantize(torch.stack(alone), scale, zero, axis=0))
 
 
 def test_quantize_leaves_its_input_alone_and_saturates_infinity() -> None:

@@ -15,6 +15,7 @@ MODULES = (
     "bias_correction",
     "metrics",
     "histogram",
+    "residual",
 )
 
 
