@@ -1,4 +1,4 @@
-"""Residual adds that run inside the convolution before them, on engines that can.
+"""Residual adds that run inside the convolution before them, on engine ``x86-fused``.
 
 onednn adds a second tensor to a convolution's accumulators before it rounds, which saves a pass
 over both tensors (a fifth of a ResNet-50) and one rounding. The result therefore differs from the
@@ -50,7 +50,9 @@ def fuse_residual_adds(
 
 def may_overwrite(program: IntegerProgram, step: Instruction) -> bool:
     """Whether a ``conv_add`` is the last to need the memory of its addend."""
-    addend = step.inputs[1]
+    source, addend = step.inputs
+    if source == addend:  # a kernel may write sums before it has read all of its input
+        return False
     producer = next((one for one in program if one.name == addend), None)
     if producer is None or producer.op in _SHARES_MEMORY:
         return False

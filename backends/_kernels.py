@@ -19,7 +19,10 @@ import torch.nn.functional as F
 
 from fxq.integer.layers import float_bias
 
-ENGINES = ("x86", "fbgemm", "onednn")
+FUSED = "-fused"
+"""The end of the names of engines that add residuals inside convolutions."""
+
+ENGINES = ("x86", f"x86{FUSED}", "fbgemm", "onednn")
 """``x86`` takes the faster exact kernel of the other two for each layer on this CPU."""
 
 EXACT_LIMIT = 2**24
@@ -82,7 +85,7 @@ def is_exact(engine: str) -> bool:
 def supported_engines() -> tuple[str, ...]:
     """The engines this build of torch has."""
     built = torch.backends.quantized.supported_engines
-    return tuple(name for name in ENGINES if name in built)
+    return tuple(name for name in ENGINES if name.removesuffix(FUSED) in built)
 
 
 @contextlib.contextmanager

@@ -33,8 +33,10 @@ class EagerModule(nn.Module):
 
     Args:
         program: The program.
-        engine: ``x86`` (the faster of the two for each layer, residual adds inside convolutions),
-            ``fbgemm`` (equal to the integer reference in every element) or ``onednn``.
+        engine: ``x86`` (the faster of the two for each layer; rounds a tie the other way a few
+            times in a million), ``x86-fused`` (the same with residual adds inside convolutions,
+            which rounds once less), ``fbgemm`` (equal to the integer reference in every element) or
+            ``onednn``.
 
     Raises:
         UnknownNameError: There is no such engine.

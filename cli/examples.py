@@ -34,7 +34,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "export": (
         "fxq export runs/digits-convnet-aciq-4bit --force",
-        "fxq export runs/digits-convnet-aciq-4bit --flavor compact -o compact.onnx --force",
+        "fxq export runs/mine --flavor compact -o compact.onnx --force",
         "fxq export runs/mine --opset 22 --static -o mine.onnx",
     ),
     "verify": (

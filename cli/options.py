@@ -25,6 +25,7 @@ class Engine(StrEnum):
     """The kernel library of the eager backend."""
 
     X86 = "x86"
+    X86_FUSED = "x86-fused"
     FBGEMM = "fbgemm"
     ONEDNN = "onednn"
 

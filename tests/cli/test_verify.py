@@ -102,14 +102,15 @@ def test_the_exact_engine(fxq: Callable, digits_run: Path) -> None:
     assert done.out.rstrip().endswith("verified: eager fbgemm")
 
 
-def test_a_fused_engine_is_explained(fxq: Callable, digits_run: Path) -> None:
-    done = fxq("verify", str(digits_run), *EAGER, "--engine", "x86")
-    shown = json.loads(fxq("verify", str(digits_run), *EAGER, "--engine", "x86", "--json").out)
+@pytest.mark.parametrize("engine", ["x86", "x86-fused"])
+def test_an_engine_that_differs_is_explained(engine: str, fxq: Callable, digits_run: Path) -> None:
+    done = fxq("verify", str(digits_run), *EAGER, "--engine", engine)
+    shown = json.loads(fxq("verify", str(digits_run), *EAGER, "--engine", engine, "--json").out)
     assert done.code == 0
     assert "nothing here must be exact" in done.out
-    assert "as compiled" not in done.out
+    assert ("as compiled" in done.out) is (engine != "x86")
     differs = any(one["differing"] for one in shown["runtimes"][0]["layers"])
-    assert ("compare with --engine fbgemm" in done.out) is differs
+    assert (": compare with --engine fbgemm" in done.out) is differs
 
 
 def test_a_broken_layer_is_named(fxq: Callable, digits_run: Path, break_eager: Callable) -> None:
@@ -206,7 +207,9 @@ def test_the_deployed_file_is_the_one(monkeypatch: pytest.MonkeyPatch, tmp_path:
         loads.append(options)
         return SimpleNamespace(flavor=options.get("flavor", "compact"))
 
-    monkeypatch.setattr(registry, "catalog", lambda wing: {"onnx": SimpleNamespace(load=load)})
+    names = {"fast": "model.onnx", "compact": "model-compact.onnx"}
+    backend = SimpleNamespace(load=load, file_name=names.get)
+    monkeypatch.setattr(registry, "catalog", lambda wing: {"onnx": backend})
     own = SimpleNamespace(flavor="fast")
     run = SimpleNamespace(backend="onnx", module=own, integers=None)
     choose = verify_runtimes._onnx_module
@@ -215,10 +218,14 @@ def test_the_deployed_file_is_the_one(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert loads == []
     assert choose(run, tmp_path, Flavor.COMPACT)[1] == "exported for this"
     run.backend = "eager"
-    assert choose(run, tmp_path, None)[0].flavor == "fast"
+    assert choose(run, tmp_path, None)[1] == "exported for this"
     (tmp_path / "model.onnx").touch()
     assert choose(run, tmp_path, None)[1] == "model.onnx"
-    assert loads == [{"flavor": "compact"}, {"flavor": "fast"}, {"folder": tmp_path}]
+    assert choose(run, tmp_path, Flavor.COMPACT)[1] == "exported for this"
+    (tmp_path / "model-compact.onnx").touch()
+    assert choose(run, tmp_path, Flavor.COMPACT)[1] == "model-compact.onnx"
+    inside = [one for one in loads if "folder" in one]
+    assert [one["flavor"] for one in inside] == ["fast", "compact"]
 
 
 def test_without_onnx_runtime(
