@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fxq.integer.arguments import registers_in
+from fxq.integer.float_layers import fake_quantizer, float_layer
 from fxq.integer.layers import accumulator_scale
 from fxq.integer.program import Instruction, IntegerProgram
 from fxq.integer.reference import average_multiplier, call_float, float_callable, reshape
@@ -121,6 +122,14 @@ class Builder:
             lambda values: kernels.quantize(values[source].dequantize(), scale, zero_point),
         )
 
+    def fake_quantize(self, step: Instruction) -> Run:
+        source, run = step.inputs[0], fake_quantizer(self.program, step)
+        return lambda values: run(values[source])
+
+    def _float_layer(self, step: Instruction) -> Run:
+        source, run = step.inputs[0], float_layer(self.program, step)
+        return lambda values: run(values[source])
+
     def _layer_tensors(self, step: Instruction) -> dict[str, torch.Tensor]:
         source = self.grids[step.inputs[0]]
         assert source is not None
@@ -133,6 +142,8 @@ class Builder:
         }
 
     def conv(self, step: Instruction) -> Run:
+        if self.grids.get(step.inputs[0]) is None:
+            return self._float_layer(step)
         engine, tensors = self.engine_for(step), self._layer_tensors(step)
         source = step.inputs[0]
         input_scale, input_zero = self.label(source)
@@ -182,6 +193,8 @@ class Builder:
 
     def linear(self, step: Instruction) -> Run:
         source = step.inputs[0]
+        if self.grids.get(source) is None:
+            return self._float_layer(step)
         tensors, relu = self._layer_tensors(step), step.attributes["relu"]
         if step.grid is None:
             del tensors["scale"]
@@ -292,6 +305,7 @@ _BUILDERS: dict[str, Callable[[Builder, Instruction], Run]] = {
     "quantize": Builder.quantize,
     "dequantize": Builder.dequantize,
     "requantize": Builder.requantize,
+    "fake_quantize": Builder.fake_quantize,
     "conv": Builder.conv,
     "conv_add": Builder.conv_add,
     "linear": Builder.linear,

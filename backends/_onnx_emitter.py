@@ -46,6 +46,9 @@ INT2_OPSET = 25
 MOVES = frozenset(["max_pool", "cat", "pad", "relu", "reshape", "requantize"])
 """Instructions with operators on codes."""
 
+ISLANDS = frozenset(["float", "module", "constant"])
+"""Instructions that torch.onnx exports."""
+
 
 @dataclass(frozen=True)
 class Container:

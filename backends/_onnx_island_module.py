@@ -7,7 +7,9 @@ so that no register is dequantized for its shape alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,19 @@ ISLANDS = frozenset(["float", "module", "constant"])
 """Instructions of float islands, and of computations with sizes."""
 
 
+@dataclass
+class Trail:
+    """What a run of an `IslandModule` found. No attribute of it: torch.export takes these back.
+
+    Attributes:
+        results: Names of the results: registers, or ``NAME.INDEX`` for the items of a tuple.
+        failed: Why instructions could not run, by register; something of the same shape stood in.
+    """
+
+    results: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
 class IslandModule(nn.Module):
     """Runs float instructions; see the module's docstring.
 
@@ -34,10 +49,8 @@ class IslandModule(nn.Module):
 
     Attributes:
         arguments: Names of its arguments: registers, or ``NAME.INDEX`` for the items of a tuple.
-        results: Names of its results, likewise, once it has run.
         tensors: By the name in this module, the name of the program's tensor.
-        failed: Why instructions could not be traced, by register; a register of the same shape
-            without a value stood in for each.
+        trail: What the last run found.
     """
 
     def __init__(
@@ -62,12 +75,11 @@ class IslandModule(nn.Module):
         arguments = [one for name in given for one, _ in leaves(name, values[name])]
         first = [] if self.batch is None else [self.batch]
         self.arguments = list(dict.fromkeys([*first, *arguments]))
-        self.results: list[str] = []
-        self.failed: dict[str, str] = {}
+        self.trail = Trail()
 
     def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Every tensor the instructions write."""
-        self.failed.clear()
+        self.trail.failed.clear()
         given = dict(zip(self.arguments, args, strict=True))
         batch = None if self.batch is None else given[self.batch].shape[0]
         registers = {
@@ -78,7 +90,7 @@ class IslandModule(nn.Module):
         found = dict(
             one for step in self.steps for one in _tensors(step.name, registers[step.name])
         )
-        self.results[:] = found  # in place: torch.export takes assignments back
+        self.trail.results = list(found)
         return tuple(found.values())
 
     def _call(self, step: Instruction, function: Any, registers: dict[str, Any], batch: Any) -> Any:
@@ -86,8 +98,8 @@ class IslandModule(nn.Module):
         try:
             return function(registers)
         except Exception as error:  # whatever a function may raise when its inputs are symbolic
-            if self.failed.keys().isdisjoint(step.reads):
-                self.failed[step.name] = reason(error)
+            if self.trail.failed.keys().isdisjoint(step.reads):
+                self.trail.failed[step.name] = reason(error)
             return self._stand_in(self.values[step.name], batch)
 
     def _is_given(self, name: str) -> bool:
@@ -121,7 +133,7 @@ class IslandModule(nn.Module):
         dims = [_dims(shape, dim) for shape in map(self.shape, self.arguments)]
         with torch.no_grad():
             return torch.export.export(
-                self.eval(), tuple(given), dynamic_shapes={"args": tuple(dims)}, strict=False
+                self, tuple(given), dynamic_shapes={"args": tuple(dims)}, strict=False
             )
 
     def _argument(self, name: str) -> torch.Tensor:
@@ -145,6 +157,9 @@ def reason(error: BaseException) -> str:
     text = str(error).strip()
     if "Constraints violated" in text or "specialized" in text:
         return "it works for one batch size only; a static batch may do"
+    missing = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", text)
+    if missing:
+        return f"torch.onnx has no form of {missing[1]}"
     first = text.splitlines()[0] if text else ""
     return f"{type(error).__name__}: {first}".rstrip(": ")
 
@@ -169,7 +184,16 @@ class _Call(nn.Module):
         self.function = function
 
     def forward(self, registers: dict[str, Any]) -> Any:
+        if _is_adaptive_pool(self.step):
+            # Of a permuted tensor it becomes a Gather with strides, else a ReduceMean.
+            dense = {name: registers[name].contiguous() for name in self.step.inputs}
+            registers = {**registers, **dense}
         return call_float(self.step, self.function, registers)
+
+
+def _is_adaptive_pool(step: Instruction) -> bool:
+    kind = step.attributes.get("module", {}).get("class", step.attributes.get("target", ""))
+    return str(kind).endswith(("AdaptiveAvgPool2d", "adaptive_avg_pool2d"))
 
 
 def _function(program: IntegerProgram, step: Instruction) -> nn.Module:
@@ -207,9 +231,10 @@ def leaves(name: str, value: Value) -> Iterator[tuple[str, Value]]:
 
 
 def _tensors(name: str, found: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in a result, named likewise."""
+    """The tensors in a result, named likewise; but complex ones, which ONNX has as pairs."""
     if isinstance(found, torch.Tensor):
-        yield name, found
+        if not found.is_complex():
+            yield name, found
     elif isinstance(found, (tuple, list)):
         for index, item in enumerate(found):
             yield from _tensors(f"{name}.{index}", item)

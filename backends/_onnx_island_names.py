@@ -35,8 +35,9 @@ class Dismantling:
     def __init__(self, model: onnx_ir.Model, module: IslandModule, needed: Collection[str]) -> None:
         self.graph = model.graph
         self.module = module
-        self.results = dict(zip(module.results, model.graph.outputs, strict=True))
-        self.needed = [name for name in module.results if name in needed]
+        outputs = map(_source, model.graph.outputs)
+        self.results = dict(zip(module.trail.results, outputs, strict=True))
+        self.needed = [name for name in module.trail.results if name in needed]
         self.names: dict[Any, str] = {}
         self.copies: dict[str, Any] = {}
         self._prune(model)
@@ -94,7 +95,8 @@ class Dismantling:
         for path, value in self.graph.initializers.items():
             if path in self.module.tensors:
                 self.names[value] = self.module.tensors[path]
-        for name in [*self.needed, *self.results]:
+        items_last = sorted(self.results, key=lambda name: "." in name)
+        for name in [*self.needed, *items_last]:
             value = self.results[name]
             if value not in self.names:
                 self.names[value] = name
@@ -103,20 +105,22 @@ class Dismantling:
 
     def _name_rest(self) -> None:
         """Inner values are named below the first register that takes them."""
-        order = {name: rank for rank, name in enumerate(self.results)}
+        registers = [*self.results, ORPHANS]
+        ranks: dict[Any, int] = {}
+        for rank, value in enumerate(self.results.values()):
+            ranks.setdefault(value, rank)
         owners: dict[Any, int] = {}
         for node in reversed(list(self.graph)):
-            own = [order[self.names[one]] for one in node.outputs if self.names.get(one) in order]
+            own = [ranks[one] for one in node.outputs if one in ranks]
             later = [owners[one] for one in node.outputs if one in owners]
-            owner = min([*own, *later], default=len(order))
+            owner = min([*own, *later], default=len(self.results))
             for value in (*node.inputs, *_inner_values(node)):
                 owners[value] = min(owners.get(value, owner), owner)
             for value in node.outputs:
                 owners.setdefault(value, owner)
-        registers = [*order, ORPHANS]
         counts: Counter[str] = Counter()
         for value, kind in self._unnamed():
-            stem = f"{registers[owners.get(value, len(order))].partition('.')[0]}/{kind}"
+            stem = f"{registers[owners[value]].partition('.')[0]}/{kind}"
             counts[stem] += 1
             self.names[value] = stem if counts[stem] == 1 else f"{stem}_{counts[stem]}"
 
@@ -127,6 +131,12 @@ class Dismantling:
                 if value is not None and value not in self.names:
                     maker = value.producer()
                     yield value, "constant" if maker is None else maker.op_type
+
+
+def _source(value: Any) -> Any:
+    """What a value is a copy of; the exporter copies where two results are the same."""
+    maker = value.producer()
+    return value if maker is None or maker.op_type != "Identity" else _source(maker.inputs[0])
 
 
 def _inner_values(node: onnx_ir.Node) -> Iterator[Any]:
@@ -150,9 +160,7 @@ def _graphs(attribute: Any) -> list[Any]:
 
 def _plain_node(node: onnx.NodeProto) -> onnx.NodeProto:
     """The node, named after its first output, without what the exporter notes on it."""
-    kind = node.op_type
-    output = next(name for name in node.output if name)
-    node.name = output if output.rpartition("/")[2].startswith(kind) else f"{output}/{kind}"
+    node.name = f"{next(name for name in node.output if name)}/{node.op_type}"
     node.ClearField("doc_string")
     del node.metadata_props[:]
     for attribute in node.attribute:

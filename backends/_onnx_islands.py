@@ -13,7 +13,7 @@ import torch
 
 from fxq.backend import Obstacle
 from fxq.errors import LoweringError
-from fxq.integer.arguments import registers_in
+from fxq.integer.arguments import registers_in, substitute
 from fxq.integer.program import Instruction, IntegerProgram
 from fxq.integer.shapes import Value
 
@@ -67,17 +67,21 @@ def export_islands(
         raise LoweringError(
             f"torch.onnx cannot export {len(obstacles)} nodes",
             obstacles,
-            hint="keep them outside the model" if not dynamic else "try a static batch",
+            hint="keep what cannot be exported outside the model",
         )
     return IslandGraph([], [])
 
 
 def _no_tensors(program: IntegerProgram, values: Mapping[str, Value]) -> Iterator[Obstacle]:
-    """Outputs of the program that hold no tensor but an integer or a tuple."""
+    """Outputs of the program that hold no tensor but an integer or a tuple, or complex numbers."""
     steps = {step.name: step for step in program}
     for name in dict.fromkeys(registers_in(program.output)):
-        if name in steps and steps[name].op in ISLANDS and values[name].shape is None:
-            yield Obstacle(name, "it is an output, and no tensor")
+        if name in steps and steps[name].op in ISLANDS:
+            dtype = values[name].dtype
+            if dtype is None or dtype.is_complex:
+                yield Obstacle(
+                    name, f"it is an output, and {'no' if dtype is None else 'a complex'} tensor"
+                )
 
 
 def _read_elsewhere(program: IntegerProgram, values: Mapping[str, Value]) -> list[str]:
@@ -109,11 +113,7 @@ def _exported(
     why, model = _attempt(module, opset)
     if model is not None:
         return IslandGraph(*Dismantling(model, module, needed).run()), []
-    found = dict(module.failed)
-    for step in module.steps if not found else ():
-        found |= _alone(module, step, opset)
-    if not found:
-        found = {module.steps[-1].name: why}
+    found = module.trail.failed or _each_alone(module, opset) or {module.steps[-1].name: why}
     return None, [Obstacle(name, one) for name, one in found.items()]
 
 
@@ -123,7 +123,7 @@ def _attempt(module: IslandModule, opset: int) -> tuple[str, Any]:
 
     try:
         traced = module.trace()
-        if module.failed:
+        if module.trail.failed:
             return "", None
         exported = torch.onnx.export(traced, dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:  # what torch.export and torch.onnx raise has no common base
@@ -138,13 +138,31 @@ def _attempt(module: IslandModule, opset: int) -> tuple[str, Any]:
     return "", model
 
 
-def _alone(module: IslandModule, step: Instruction, opset: int) -> dict[str, str]:
-    """Why an instruction cannot be exported on its own; empty where it can."""
-    one = IslandModule(module.program, module.values, [step])
-    why, model = _attempt(one, opset)
-    if model is not None or not one.results:
-        return {}
-    return one.failed or {step.name: why}
+def _each_alone(module: IslandModule, opset: int) -> dict[str, str]:
+    """Why instructions cannot be exported on their own; of those that are alike, one is tried."""
+    reasons: dict[str, str] = {}
+    found = {}
+    for step in module.steps:
+        kind = _kind(step, module.values)
+        if kind not in reasons:
+            before = [other for other in module.steps if other.name in step.reads]
+            unknown = [other for other in before if module.values[other.name] == Value()]
+            one = IslandModule(module.program, module.values, [*unknown, step])
+            why, model = _attempt(one, opset)
+            is_fine = model is not None or not one.trail.results
+            reasons[kind] = "" if is_fine else one.trail.failed.get(step.name, why)
+        if reasons[kind]:
+            found[step.name] = reasons[kind]
+    return found
+
+
+def _kind(step: Instruction, values: Mapping[str, Value]) -> str:
+    """What an instruction calls, with what arguments, on what kinds of tensors."""
+    kinds = {
+        name: value if value.shape is None else (len(value.shape), value.dtype)
+        for name, value in values.items()
+    }
+    return repr((step.op, substitute(step.attributes, kinds)))
 
 
 @contextlib.contextmanager

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from fxq.integer.layers import accumulator_scale
 from fxq.integer.program import Instruction
 
-from ._onnx_emitter import Emitter, UnexportableError
+from ._onnx_emitter import ISLANDS, Emitter, UnexportableError
 from ._onnx_weights import weight
 
 
 def bias(emit: Emitter, step: Instruction) -> str:
-    """The tensor with the dequantized bias of a layer, ``[out]``: int32 in accumulator units."""
+    """The tensor with the float bias of a layer, ``[out]``.
+
+    Dequantized from int32 in accumulator units; a constant where the layer reads a float.
+    """
     name, graph = f"{step.name}.bias", emit.graph
+    if emit.grids.get(step.inputs[0]) is None:
+        return graph.constant(name, emit.program.tensor(step, "bias").numpy())
     source = emit.grid(step.inputs[0])
     unit = accumulator_scale(source.scale, emit.program.tensor(step, "scale")).numpy()
     inputs = [
@@ -25,26 +32,31 @@ def bias(emit: Emitter, step: Instruction) -> str:
 
 
 def conv(emit: Emitter, step: Instruction) -> None:
-    """A convolution, with its ReLU in the quantizer."""
-    attributes = step.attributes
+    """A convolution, with its ReLU in the quantizer, or behind it where it computes in float."""
+    attributes, is_float = step.attributes, step.grid is None
     total = emit.graph.node(
         "Conv",
-        [emit.float_of(step.inputs[0]), weight(emit, step), bias(emit, step)],
-        f"{step.name}.sum",
+        [_read(emit, step), weight(emit, step), bias(emit, step)],
+        step.name if is_float and not attributes["relu"] else f"{step.name}.sum",
         kernel_shape=list(emit.program.tensor(step, "weight").shape[2:]),
         strides=list(attributes["stride"]),
         pads=list(attributes["padding"]) * 2,
         dilations=list(attributes["dilation"]),
         group=attributes["groups"],
     )
-    emit.codes[step.name] = emit.quantize(step, total, relu=attributes["relu"])
+    if not is_float:
+        emit.codes[step.name] = emit.quantize(step, total, relu=attributes["relu"])
+        return
+    if attributes["relu"]:
+        total = emit.graph.node("Relu", [total], step.name)
+    emit.floats[step.name] = total
 
 
 def linear(emit: Emitter, step: Instruction) -> None:
     """A linear layer as Gemm, the one matrix product with an integer bias: of rows, reshaped."""
     graph, relu = emit.graph, step.attributes["relu"]
     is_matrix = len(emit.shape(step.inputs[0])) == 2
-    rows = emit.float_of(step.inputs[0]) if is_matrix else _rows(emit, step)
+    rows = _read(emit, step) if is_matrix else _rows(emit, step)
     operands = [rows, weight(emit, step), bias(emit, step)]
     if step.grid is None:
         _float_linear(emit, step, operands, is_matrix)
@@ -75,6 +87,8 @@ def _rows(emit: Emitter, step: Instruction) -> str:
     """The input of a linear layer as a matrix of floats, ``[rows, in]``."""
     source, output = step.inputs[0], f"{step.name}.rows"
     shape = emit.graph.shape([-1, emit.shape(source)[-1].constant])
+    if emit.grids.get(source) is None:
+        return emit.graph.node("Reshape", [_read(emit, step), shape], output)
     codes = emit.graph.node("Reshape", [emit.codes[source], shape], f"{output}.codes")
     return emit.dequantized(codes, source, output)
 
@@ -105,6 +119,56 @@ def global_avg_pool(emit: Emitter, step: Instruction) -> None:
 def quantize(emit: Emitter, step: Instruction) -> None:
     """The codes of a float register."""
     emit.codes[step.name] = emit.quantize(step, emit.float_of(step.inputs[0]))
+
+
+def fake_quantize(emit: Emitter, step: Instruction) -> None:
+    """A float rounded to codes with a scale per channel, in bytes, and back.
+
+    Operators of float islands never stand directly between such nodes: ONNX Runtime takes those for
+    its integer kernels, which have one scale, and then refuses the model. Layers are left alone
+    unless the scale of their input is a single one.
+    """
+    name, graph = step.name, emit.graph
+    is_single = emit.program.tensor(step, "scale").numel() == 1
+    parameters = [
+        graph.constant(f"{name}.{role}", emit.program.tensor(step, role).numpy())
+        for role in ("scale", "zero_point")
+    ]
+    value, source = emit.float_of(step.inputs[0]), emit.writers.get(step.inputs[0])
+    if source is not None and source.op in ISLANDS:
+        value = _apart(emit, value, f"{name}.input")
+    top, output = 2 ** step.attributes["bits"] - 1, f"{name}.codes"
+    rounded = output if top == 255 else f"{output}.unclipped"
+    codes = graph.node("QuantizeLinear", [value, *parameters], rounded, axis=1)
+    if rounded != output:
+        codes = emit.clip(output, codes, None, top)
+    apart = is_single or any(reader.op in ISLANDS for reader in emit.readers[name])
+    output = f"{name}.value" if apart else name
+    value = graph.node("DequantizeLinear", [codes, *parameters], output, axis=1)
+    if apart:
+        _apart(emit, value, name)
+    emit.floats[name] = name if is_single else value
+
+
+def _read(emit: Emitter, step: Instruction) -> str:
+    """The input of a layer as a float tensor, from which a layer in float stands apart.
+
+    ONNX Runtime would round its bias for an integer kernel, where the input has one scale.
+    """
+    source = step.inputs[0]
+    value, writer = emit.float_of(source), emit.writers.get(source)
+    if writer is None or step.grid is not None:
+        return value
+    before = [emit.writers.get(name) for name in writer.inputs]  # a padding that runtimes fold
+    near = [writer, *before] if writer.op in ISLANDS else [writer]
+    has_one_scale = any(one is not None and one.op == "dequantize" for one in near)
+    return _apart(emit, value, f"{step.name}.input") if has_one_scale else value
+
+
+def _apart(emit: Emitter, value: str, output: str) -> str:
+    """The same float, behind an operator that no runtime leaves out."""
+    lowest = emit.graph.scalar(-math.inf, np.float32)
+    return emit.graph.node("Max", [value, lowest], output)
 
 
 def requantize(emit: Emitter, step: Instruction) -> None:

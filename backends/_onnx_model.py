@@ -17,7 +17,7 @@ from fxq.integer.shapes import Size, register_values
 
 from . import _onnx_layers as layers
 from . import _onnx_moves as moves
-from ._onnx_emitter import Emitter, Flavor, UnexportableError
+from ._onnx_emitter import ISLANDS, Emitter, Flavor, UnexportableError
 
 if TYPE_CHECKING:
     import onnx
@@ -29,6 +29,7 @@ RULES: dict[str, Callable[[Emitter, Instruction], None]] = {
     "quantize": layers.quantize,
     "requantize": layers.requantize,
     "dequantize": layers.dequantize,
+    "fake_quantize": layers.fake_quantize,
     "conv": layers.conv,
     "linear": layers.linear,
     "add": layers.add,
@@ -39,7 +40,6 @@ RULES: dict[str, Callable[[Emitter, Instruction], None]] = {
     "relu": moves.relu,
     "reshape": moves.reshape,
 }
-ISLANDS = frozenset(["float", "module", "constant"])
 
 
 def newest_opset() -> int:

@@ -154,7 +154,7 @@ class OnnxBackend:
 
     def obstacles(self, program: Program) -> list[Obstacle]:
         """Everything in the program that has no integer form, or no ONNX form."""
-        found = obstacles(program)
+        found = obstacles(program, per_channel=True)
         if found:
             return found
         try:
@@ -179,7 +179,7 @@ class OnnxBackend:
 
         journal = options.pop("journal", None)
         chosen = _options(options)
-        found = obstacles(program)
+        found = obstacles(program, per_channel=True)
         if found:
             raise LoweringError(f"the onnx backend cannot express {len(found)} nodes", found)
         integers, ledger = lower_to_integers(program, journal)

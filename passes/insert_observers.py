@@ -3,7 +3,8 @@
 Integers flow from one convolution or linear to the next. A value gets a scale of its own where it
 is computed (convolution, linear, add, average pool) or enters from float; pools, reshapes and
 paddings share it. Branches that are concatenated share one observer, so that the concatenation
-moves bytes and computes nothing; a branch that is also read elsewhere is requantized for it.
+moves bytes and computes nothing; a branch that is also read elsewhere is requantized for it. Where
+channels have scales of their own, branches keep theirs.
 
 Observers sit *before* a fused ReLU, because ACIQ's statistics are those of the value before it.
 """
@@ -59,11 +60,11 @@ class InsertObservers(Pass):
         for node, why in regions.reasons.items():
             edit.write_facts(node, skip=why)
             edit.miss(node, f"stays in float: {why}")
-        shared = _SharedScales(regions)
+        shared = _SharedScales(regions, self._channels)
         for node in edit.visit():
             if regions.is_integer(node) and regions.kind(node) in _OWN_SCALE:
                 self._observe(edit, node, shared.observer(node, self._observer))
-            elif regions.is_integer(node) and regions.kind(node) is Kind.CAT:
+            elif shared.needs_one_scale(node):
                 self._observe_branches(edit, regions, shared, node)
             elif not regions.is_integer(node) and _enters(regions, node):
                 self._observe(edit, node, self._observer(node), _integer_user(regions))
@@ -92,9 +93,13 @@ class InsertObservers(Pass):
         edit.reroute(point, inserted, where)
         edit.hit(node)
 
-    def _observer(self, node: fx.Node) -> Observer:
+    def _channels(self, node: fx.Node) -> int | None:
+        """How many channels of a value have statistics of their own; None where none have."""
         shape = facts(node).shape or ()
-        channels = shape[1] if self.per_channel and len(shape) == 4 else None
+        return shape[1] if self.per_channel and len(shape) == 4 else None
+
+    def _observer(self, node: fx.Node) -> Observer:
+        channels = self._channels(node)
         histogram = self.statistics is Statistics.HISTOGRAM
         observer: Observer = (
             HistogramObserver(channels)
@@ -124,16 +129,22 @@ def _integer_user(regions: Regions) -> Callable[[fx.Node], bool]:
 class _SharedScales:
     """Which carriers share one observer because they meet in concatenations."""
 
-    def __init__(self, regions: Regions) -> None:
+    def __init__(self, regions: Regions, channels: Callable[[fx.Node], int | None]) -> None:
         self._regions = regions
+        self._channels = channels
         self._parent: dict[fx.Node, fx.Node] = {}
         self._observers: dict[fx.Node, Observer] = {}
         for node in regions.ops:
-            if regions.kind(node) is Kind.CAT and regions.is_integer(node):
+            if self.needs_one_scale(node):
                 for source in regions.ops[node].inputs:
                     carrier = regions.carrier(source)
                     if self._only_concatenated(carrier) and not self.shares(carrier, node):
                         self._parent[self._root(carrier)] = self._root(node)
+
+    def needs_one_scale(self, node: fx.Node) -> bool:
+        """Whether a node concatenates integers; channels with own scales keep them."""
+        is_cat = self._regions.kind(node) is Kind.CAT and self._regions.is_integer(node)
+        return is_cat and self._channels(node) is None
 
     def shares(self, carrier: fx.Node, cat: fx.Node) -> bool:
         """Whether a carrier has the scale of a concatenation."""

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 RESHAPE_CALLS = frozenset({*RESHAPES, "getitem", "pixel_shuffle", "pixel_unshuffle"})
 """What a reshape instruction may call."""
 
-_FLOAT_RESULT = frozenset(["dequantize", "float", "module", "constant"])
-_FLOAT_INPUT = frozenset(["quantize", "float", "module", "constant"])
+_LAYERS = frozenset(["conv", "linear"])
+_FLOAT_RESULT = frozenset(["dequantize", "fake_quantize", "float", "module", "constant"])
+_FLOAT_INPUT = frozenset(["quantize", "fake_quantize", "float", "module", "constant"])
 _KEEPS_GRID = frozenset(["cat", "max_pool", "relu", "pad", "reshape"])
 _INPUTS = {"add": 2, "constant": 0}
 _ANY_INPUTS = frozenset(["cat", "float", "module"])
@@ -40,7 +41,10 @@ def check_step(program: IntegerProgram, step: Instruction, grids: dict[str, Grid
         ArtifactError: It has not.
     """
     try:
-        _check_grids(step, [grids[name] for name in step.inputs])
+        sources = [grids[name] for name in step.inputs]
+        _check_grids(step, sources)
+        if step.op in _LAYERS:
+            _check_bias(program.tensor(step, "bias"), of_codes=sources[0] is not None)
         _CHECKS.get(step.op, _nothing)(program, step)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ArtifactError(
@@ -53,14 +57,29 @@ def check_step(program: IntegerProgram, step: Instruction, grids: dict[str, Grid
 def _check_grids(step: Instruction, sources: list[Grid | None]) -> None:
     if step.op not in _ANY_INPUTS and len(sources) != _INPUTS.get(step.op, 1):
         raise ValueError(f"it reads {len(sources)} registers")
-    if step.op not in _FLOAT_INPUT and (not sources or None in sources):
-        raise ValueError("it reads a float")
+    if not _reads_what_it_may(step, sources):
+        raise ValueError("it reads a float, or should")
     if step.grid is not None:
         _check_grid(step.grid)
-    if step.op != "linear" and (step.grid is None) != (step.op in _FLOAT_RESULT):
+    if not _has_grid_if_needed(step, sources):
         raise ValueError("it has a grid too many, or none")
     if step.op in _KEEPS_GRID and any(source != step.grid for source in sources):
         raise ValueError("its grid is not that of its inputs")
+
+
+def _reads_what_it_may(step: Instruction, sources: list[Grid | None]) -> bool:
+    if step.op == "fake_quantize":
+        return sources == [None]
+    if step.op in _FLOAT_INPUT or (step.op in _LAYERS and sources == [None]):
+        return True
+    return bool(sources) and None not in sources
+
+
+def _has_grid_if_needed(step: Instruction, sources: list[Grid | None]) -> bool:
+    is_float = step.grid is None
+    if step.op in _LAYERS and sources == [None]:
+        return is_float
+    return step.op == "linear" or is_float == (step.op in _FLOAT_RESULT)
 
 
 def _check_grid(grid: Grid) -> None:
@@ -77,15 +96,40 @@ def _nothing(program: IntegerProgram, step: Instruction) -> None:
 def _layer(program: IntegerProgram, step: Instruction) -> None:
     weight, scale = program.tensor(step, "weight"), program.tensor(step, "scale")
     bias, bits = program.tensor(step, "bias"), program.tensor(step, "bits")
-    types = (weight.dtype, scale.dtype, bias.dtype, bits.dtype)
-    if types != (torch.int8, torch.float32, torch.int32, torch.uint8):
+    types = (weight.dtype, scale.dtype, bits.dtype)
+    if types != (torch.int8, torch.float32, torch.uint8):
         raise ValueError(f"its tensors are {', '.join(str(one) for one in types)}")
     out = weight.shape[:1]
     if not (scale.shape == bias.shape == bits.shape == out) or weight.numel() == 0:
         raise ValueError("the shapes of its tensors do not fit each other")
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise ValueError("a scale of its weights is not positive")
+    _check_scales(scale)
     _flag(step, "relu")
+
+
+def _check_bias(bias: torch.Tensor, *, of_codes: bool) -> None:
+    if bias.dtype != (torch.int32 if of_codes else torch.float32):
+        raise ValueError(f"its bias is {bias.dtype}")
+    if not bool(torch.isfinite(bias).all()):
+        raise ValueError("its bias is not finite")
+
+
+def _check_scales(scale: torch.Tensor) -> None:
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError("one of its scales is not positive")
+
+
+def _fake_quantize(program: IntegerProgram, step: Instruction) -> None:
+    scale, zero_point = program.tensor(step, "scale"), program.tensor(step, "zero_point")
+    if (scale.dtype, zero_point.dtype) != (torch.float32, torch.uint8):
+        raise ValueError(f"its tensors are {scale.dtype}, {zero_point.dtype}")
+    if scale.dim() != 1 or scale.shape != zero_point.shape or scale.numel() == 0:
+        raise ValueError("it has no scale and zero point for every channel")
+    _check_scales(scale)
+    bits, axis = step.attributes["bits"], step.attributes["axis"]
+    if type(bits) is not int or not 1 <= bits <= 8 or type(axis) is not int or axis != 1:
+        raise ValueError(f"it has {bits!r} bits along dimension {axis!r}")
+    if int(zero_point.max()) >= 2**bits:
+        raise ValueError("a zero point is none of its codes")
 
 
 def _conv(program: IntegerProgram, step: Instruction) -> None:
@@ -160,6 +204,7 @@ def _integers(step: Instruction, name: str, count: int, low: int) -> None:
 
 
 _CHECKS: dict[str, Callable[[IntegerProgram, Instruction], None]] = {
+    "fake_quantize": _fake_quantize,
     "conv": _conv,
     "linear": _linear,
     "add": lambda program, step: _flag(step, "relu"),

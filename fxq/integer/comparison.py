@@ -57,6 +57,7 @@ class Comparison:
         self.layers: dict[str, Layer] = {}
         self.output = Agreement()
         self._program = program
+        self._grids = program.grids()
         self._reference = Reference(program)
         self._finished = _last_reads(program)
 
@@ -97,7 +98,8 @@ class Comparison:
     def _count(self, step: Instruction, want: Any, exact: Any, have: Any, *, seen: bool) -> None:
         if not isinstance(want, torch.Tensor):
             return
-        blank = Layer(step.name, step.op, kind_of(step), step.sources, step.grid is not None, seen)
+        kind = kind_of(step, self._grids)
+        blank = Layer(step.name, step.op, kind, step.sources, step.grid is not None, seen)
         found = _measured(blank, want, exact, have) if seen else blank
         known = self.layers.get(step.name)
         self.layers[step.name] = found if known is None else known.merged(found)

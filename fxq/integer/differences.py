@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from fxq.integer.program import Instruction
+from fxq.integer.program import Grid, Instruction
 
 
 class Kind(StrEnum):
@@ -30,14 +30,22 @@ _KINDS = {
     "quantize": Kind.QUANTIZE,
     "requantize": Kind.QUANTIZE,
     "dequantize": Kind.QUANTIZE,
+    "fake_quantize": Kind.QUANTIZE,
     "float": Kind.FLOAT,
     "module": Kind.FLOAT,
     "constant": Kind.FLOAT,
 }
 
 
-def kind_of(step: Instruction) -> Kind:
-    """The kind of an instruction."""
+def kind_of(step: Instruction, grids: Mapping[str, Grid | None]) -> Kind:
+    """The kind of an instruction.
+
+    Args:
+        step: The instruction.
+        grids: What registers hold; inputs of the program may be missing.
+    """
+    if step.op in ("conv", "linear") and grids.get(step.inputs[0]) is None:
+        return Kind.FLOAT
     if step.op == "linear" and step.grid is None:
         return Kind.LINEAR_TO_FLOAT
     return _KINDS.get(step.op, Kind.MOVE)

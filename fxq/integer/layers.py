@@ -61,6 +61,19 @@ def integer_layer(module: QuantizedLayer, grid: Grid) -> IntegerLayer:
     )
 
 
+def dequantized_layer(module: QuantizedLayer) -> dict[str, torch.Tensor]:
+    """What a layer is given that computes with its dequantized weights in float, by role.
+
+    As in `IntegerLayer`, but for the bias: ``[out]`` float32, in the units of the output.
+    """
+    return {
+        "weight": module.codes.contiguous(),
+        "scale": module.scale.clone(),
+        "bias": module.bias.detach().float().clone(),
+        "bits": module.bits.to(torch.uint8),
+    }
+
+
 def accumulator_scale(input_scale: float, weight_scale: torch.Tensor) -> torch.Tensor:
     """``[out]`` float32: the value of one unit of the accumulator."""
     return torch.tensor(input_scale, dtype=torch.float32) * weight_scale.to(torch.float32)

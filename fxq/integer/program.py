@@ -8,8 +8,11 @@ to even, ``clamp`` is to the codes of the grid, from the zero point up where a R
 quantize         ``clamp(rint(f32(x / scale)) + zero_point)``, as ONNX's QuantizeLinear
 dequantize       ``scale * (q - zero_point)``, exact in float32
 requantize       ``quantize(dequantize(q))``
+fake_quantize    ``dequantize(quantize(x))`` with a scale and a zero point per channel; a float
 conv, linear     ``clamp(rint(f32(f32(f32(acc) + bias) * m)) + zero_point)``
 linear to float  ``f32(f32(acc + bias) * f32(sx * sw))``, then the ReLU
+conv, linear     the float operator on ``f32(w * sw)`` and a float32 bias, then the ReLU; a float
+of floats
 add              ``clamp(rint(f32(f32(a + b) * f32(1 / scale))) + zero_point)``, dequantized a, b
 global_avg_pool  ``clamp(rint(f32(f32(sum(q - zx)) * f32(sx / (n * sy)))) + zero_point)``
 max_pool, pad,   codes are moved, not computed with
@@ -20,8 +23,9 @@ float, module    a PyTorch operator or module in float
 
 ``acc`` is the exact integer ``sum((q - zx) * w)``, ``bias`` an int32, and ``m`` is
 ``f32(sx * sw) / sy``. Scales have 16 significant bits, which is what makes
-``scale * (q - zero_point)`` exact. An average pool is a depthwise conv of ones. An add whose
-scale was settled gives the same in other orders of rounding (`fxq.numerics.residual`).
+``scale * (q - zero_point)`` exact. Channels are along dimension 1. An average pool is a depthwise
+conv of ones. An add whose scale was settled gives the same in other orders of rounding
+(`fxq.numerics.residual`). Only the float operators may round differently from runtime to runtime.
 """
 
 from __future__ import annotations
@@ -52,6 +56,7 @@ OPS = frozenset(
         "quantize",
         "dequantize",
         "requantize",
+        "fake_quantize",
         "conv",
         "linear",
         "add",

@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from fxq.integer.arguments import registers_in, substitute
+from fxq.integer.float_layers import CONVOLUTIONS, fake_quantizer, float_layer
 from fxq.integer.float_ops import build_module, resolve
 from fxq.integer.layers import accumulator_scale
 from fxq.integer.program import Grid, Instruction, IntegerProgram
 from fxq.numerics.affine import dequantize, quantize
-
-_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 class Reference:
@@ -68,12 +67,17 @@ class Reference:
     def _requantize(self, step: Instruction, values: Any, grids: Any) -> torch.Tensor:
         return _to_codes(self._dequantize(step, values, grids), _grid(step))
 
+    def _fake_quantize(self, step: Instruction, values: Any, grids: Any) -> torch.Tensor:
+        return fake_quantizer(self.program, step)(values[step.inputs[0]])
+
     def _conv(self, step: Instruction, values: Any, grids: Any) -> torch.Tensor:
-        source = grids[step.inputs[0]]
+        source = grids.get(step.inputs[0])
+        if source is None:
+            return self._float_layer(step, values)
         codes = values[step.inputs[0]].double() - source.zero_point
         weight = self.program.tensor(step, "weight").double()
         attributes = step.attributes
-        accumulator = _CONVOLUTIONS[codes.dim()](
+        accumulator = CONVOLUTIONS[codes.dim()](
             codes,
             weight,
             None,
@@ -85,7 +89,9 @@ class Reference:
         return self._rescale(step, accumulator, source, dim=1)
 
     def _linear(self, step: Instruction, values: Any, grids: Any) -> torch.Tensor:
-        source = grids[step.inputs[0]]
+        source = grids.get(step.inputs[0])
+        if source is None:
+            return self._float_layer(step, values)
         codes = values[step.inputs[0]].double() - source.zero_point
         weight = self.program.tensor(step, "weight").double()
         accumulator = F.linear(codes, weight)
@@ -95,6 +101,12 @@ class Reference:
         total = (accumulator + self.program.tensor(step, "bias")).float()
         product = total * unit
         return product.clamp(min=0) if step.attributes["relu"] else product
+
+    def _float_layer(self, step: Instruction, values: Any) -> torch.Tensor:
+        if step.name not in self._modules:
+            self._modules[step.name] = float_layer(self.program, step)
+        result: torch.Tensor = self._modules[step.name](values[step.inputs[0]])
+        return result
 
     def _rescale(
         self, step: Instruction, accumulator: torch.Tensor, source: Grid, dim: int
@@ -163,6 +175,7 @@ _RULES: dict[str, Callable[[Reference, Instruction, Any, Any], Any]] = {
     "quantize": Reference._quantize,
     "dequantize": Reference._dequantize,
     "requantize": Reference._requantize,
+    "fake_quantize": Reference._fake_quantize,
     "conv": Reference._conv,
     "linear": Reference._linear,
     "add": Reference._add,

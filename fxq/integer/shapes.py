@@ -16,6 +16,9 @@ from fxq.integer.reference import Reference
 BATCHES = (2, 3)
 """Two batch sizes; what differs between them depends on the batch. Not 1, which broadcasts."""
 
+ANOTHER = 6
+"""A batch size at which integers that depend on the batch must be what the two predict."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -68,7 +71,24 @@ def register_values(program: IntegerProgram, *, dynamic: bool = True) -> dict[st
             hint="compile it from example inputs that are tensors",
         )
     first, second = (_run(program, batch if dynamic else None) for batch in BATCHES)
-    return {name: _compare(name, first[name], second[name]) for name in first}
+    values = {name: _compare(name, first[name], second[name]) for name in first}
+    if any(value.size is not None and value.size.is_dynamic for value in values.values()):
+        _check_integers(values, _run(program, ANOTHER))
+    return values
+
+
+def _check_integers(values: dict[str, Value], found: dict[str, Any]) -> None:
+    """Integers are ``per_image * batch + constant``; one like ``batch // 2`` is not.
+
+    Raises:
+        FxqError: One is not.
+    """
+    for name, value in values.items():
+        if value.size is not None and value.size.at(ANOTHER) != int(found[name]):
+            raise FxqError(
+                f"%{name} is no multiple of the batch size",
+                hint="export with a static batch, or compute it from other sizes",
+            )
 
 
 def _run(program: IntegerProgram, batch: int | None) -> dict[str, Any]:

@@ -169,6 +169,20 @@ def test_the_exported_model(fxq: Callable, digits_run: Path) -> None:
     assert "verified: eager fbgemm and onnx fast, exported for this" in done.out
 
 
+def test_layers_in_float_may_round_otherwise(fxq: Callable, tmp_path: Path) -> None:
+    """What is quantized per channel runs in float: no runtime must sum in the same order."""
+    out = str(tmp_path / "run")
+    options = ("--set", "insert-observers.per_channel=true", "--backend", "onnx", "-o", out)
+    made = fxq("compile", "tiny/residual", "-r", "minmax-int8", "-c", "random", "-n", "4", *options)
+    assert made.code == 0, made.err
+    assert "0 of 4 convolutions and linears run on integers" in made.out + made.err
+    done = fxq("verify", out, "--images", "16", "--layers-images", "4", "--all")
+    assert done.code == 0, done.err
+    assert "verified: eager fbgemm and onnx fast" in done.out
+    assert "conv" not in rows(done.out)
+    assert rows(done.out)["%x_quantizer"][:3] == ["fake_quantize", "768", "0"]
+
+
 ONNX = ("--runtime", "onnx", "--images", "16", "--layers-images", "4")
 
 

@@ -147,6 +147,17 @@ def test_branches_that_meet_share_one_observer(run_passes: Any) -> None:
     assert "cat" not in names
 
 
+def test_branches_with_statistics_per_channel_keep_their_own(run_passes: Any) -> None:
+    ran = observed(
+        lambda n, x: n.triple(torch.cat([n.join(torch.cat([y := n.conv(x), y], 1)), y, y], 1)),
+        run_passes,
+        per_channel=True,
+    )
+    names = observer_names(ran)
+    assert set(names) == {"x", "conv", "join", "triple"}
+    assert len(set(names.values())) == 4
+
+
 def test_a_branch_read_elsewhere_is_requantized_for_the_concatenation(run_passes: Any) -> None:
     ran = observed(lambda n, x: n.join(torch.cat([n.left(y := n.conv(x)), y], 1)), run_passes)
     assert ran.program.node("conv_observer").target == "conv_observer"
