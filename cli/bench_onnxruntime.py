@@ -27,6 +27,8 @@ class SessionModule(nn.Module):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        # As in fxq's own sessions: threads that go on spinning would slow who is timed next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
         self._names = [one.name for one in self._session.get_inputs()]
 

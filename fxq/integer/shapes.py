@@ -17,7 +17,7 @@ BATCHES = (2, 3)
 """Two batch sizes; what differs between them depends on the batch. Not 1, which broadcasts."""
 
 ANOTHER = 6
-"""A batch size at which integers that depend on the batch must be what the two predict."""
+"""A batch size at which everything must be what the two predict, where integers depend on it."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Value:
 def register_values(program: IntegerProgram, *, dynamic: bool = True) -> dict[str, Value]:
     """What each register of a program holds, inputs included, for any batch size.
 
+    Of a register whose sizes are no ``per_image * batch + constant`` nothing is known.
+
     Args:
         program: The program; it must know what its inputs looked like.
         dynamic: Whether the first dimension of every input is a batch of any size.
@@ -73,22 +75,19 @@ def register_values(program: IntegerProgram, *, dynamic: bool = True) -> dict[st
     first, second = (_run(program, batch if dynamic else None) for batch in BATCHES)
     values = {name: _compare(name, first[name], second[name]) for name in first}
     if any(value.size is not None and value.size.is_dynamic for value in values.values()):
-        _check_integers(values, _run(program, ANOTHER))
+        third = _run(program, ANOTHER)
+        values = {name: _predicted(value, third[name]) for name, value in values.items()}
     return values
 
 
-def _check_integers(values: dict[str, Value], found: dict[str, Any]) -> None:
-    """Integers are ``per_image * batch + constant``; one like ``batch // 2`` is not.
-
-    Raises:
-        FxqError: One is not.
-    """
-    for name, value in values.items():
-        if value.size is not None and value.size.at(ANOTHER) != int(found[name]):
-            raise FxqError(
-                f"%{name} is no multiple of the batch size",
-                hint="export with a static batch, or compute it from other sizes",
-            )
+def _predicted(value: Value, found: Any) -> Value:
+    """The value, if it is what it should be at another batch size; ``batch // 2`` is not."""
+    if value.size is not None:
+        return value if value.size.at(ANOTHER) == int(found) else Value()
+    if value.shape is not None:
+        sizes = tuple(size.at(ANOTHER) for size in value.shape)
+        return value if sizes == tuple(found.shape) else Value()
+    return value
 
 
 def _run(program: IntegerProgram, batch: int | None) -> dict[str, Any]:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from onnx import helper
 from torch import Tensor, nn
 
-from fxq.backends._onnx_island_module import ISLANDS
-from fxq.backends._onnx_islands import IslandGraph, export_islands
-from fxq.backends._onnx_session import Session
+from fxq.backends.onnx.island_module import ISLANDS
+from fxq.backends.onnx.islands import IslandGraph, export_islands
+from fxq.backends.onnx.session import Session
 from fxq.errors import LoweringError
 from fxq.integer.program import IntegerProgram
 from fxq.integer.reference import Reference
@@ -364,8 +364,8 @@ def test_an_output_must_be_a_tensor(output: Callable[..., object], why: str, int
 
 _PRINT_DIGEST = """
 import hashlib, torch, fxq
-from fxq.backends._onnx_island_module import ISLANDS
-from fxq.backends._onnx_islands import export_islands
+from fxq.backends.onnx.island_module import ISLANDS
+from fxq.backends.onnx.islands import export_islands
 from fxq.integer.shapes import register_values
 torch.manual_seed(0)
 layer, x = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 5, 8)

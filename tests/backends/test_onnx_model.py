@@ -18,8 +18,8 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import fxq
-from fxq.backends._onnx_file import data_file, read_model, save_model
 from fxq.backends.onnx import OnnxBackend, OnnxModule
+from fxq.backends.onnx.file import data_file, read_model, save_model
 from fxq.compiler import Result
 from fxq.errors import ArtifactError, FxqError, UnknownNameError
 from fxq.integer.reference import Reference

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import fxq
-from fxq.backends._onnx_session import Session
 from fxq.backends.onnx import OnnxBackend, OnnxModule
+from fxq.backends.onnx.session import Session
 from fxq.compiler import Result
 from fxq.errors import LoweringError
 from fxq.integer.arguments import Register

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import fxq
-from fxq.errors import ArtifactError, FxqError
+from fxq.errors import ArtifactError, LoweringError
 from fxq.integer.arguments import Register
 from fxq.integer.program import Instruction, IntegerProgram
-from fxq.integer.shapes import Size, register_values
+from fxq.integer.reference import Reference
+from fxq.integer.shapes import Size, Value, register_values
 from fxq.models_zoo import tiny_residual
+from fxq.registry import find_backend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,12 +55,18 @@ def test_integers_that_are_multiples_of_the_batch() -> None:
     assert Size(2, 0) in sizes
 
 
-def test_other_integers_need_a_static_batch() -> None:
+def test_of_other_integers_nothing_is_known_but_at_a_static_batch() -> None:
     program = program_of(Shaped(lambda x: x.size(0) // 2))
-    with pytest.raises(FxqError, match="is no multiple of the batch size") as caught:
-        register_values(program)
-    assert "static" in str(caught.value)
-    assert register_values(program, dynamic=False)
+    values = register_values(program)
+    unknown = [name for name, value in values.items() if value == Value()]
+    assert {"floordiv", "view"} <= set(unknown)
+    static = register_values(program, dynamic=False)
+    assert static["floordiv"].size == Size(0, 2)
+    backend: Any = find_backend("onnx")
+    with pytest.raises(LoweringError, match="no multiple"):
+        backend.load(program)
+    x = torch.randn(4, 3, 8, 8)
+    assert torch.equal(backend.load(program, dynamic=False)(x), Reference(program)(x))
 
 
 def test_a_program_without_examples_is_refused() -> None:

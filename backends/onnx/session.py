@@ -11,7 +11,7 @@ import torch
 
 from fxq.errors import FxqError
 
-from ._onnx_file import fits_one_file, write_model
+from .file import fits_one_file, write_model
 
 if TYPE_CHECKING:
     import onnx
@@ -61,6 +61,8 @@ def _session(model: onnx.ModelProto) -> Any:
     options.log_severity_level = 3
     # Exact products on CPUs whose kernels would saturate in 16 bits; no effect on the others.
     options.add_session_config_entry("session.x64quantprecision", "1")
+    # Its threads would go on spinning after a run, in the way of PyTorch's.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers = ["CPUExecutionProvider"]
     try:
         if fits_one_file(model):

@@ -1,7 +1,7 @@
 """Registers as ONNX tensors: containers, quantizing, dequantizing, clipping.
 
 In both flavours a register of codes is the tensor ``NAME.codes`` and its float value ``NAME``; the
-rules in `_onnx_layers` and `_onnx_moves` put operators between them.
+rules in `layers` and `moves` put operators between them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from fxq.integer.program import Grid, Instruction, IntegerProgram
 from fxq.integer.shapes import Size, Value
 
-from ._onnx_graph import GraphBuilder
-from ._onnx_levels import Levels, Table, levels_of, table_of
+from .graph import GraphBuilder
+from .levels import Levels, Table, levels_of, table_of
 
 
 class Flavor(StrEnum):
@@ -119,7 +119,8 @@ class Emitter:
     def shape(self, name: str) -> tuple[Size, ...]:
         """The shape of a register that is one tensor."""
         found = self.values[name].shape
-        assert found is not None
+        if found is None:
+            raise UnexportableError("its sizes are no multiples of the batch size")
         return found
 
     def dims(self, name: str) -> list[int]:

@@ -6,9 +6,9 @@ import numpy as np
 
 from fxq.integer.program import Instruction
 
-from ._onnx_emitter import Container, Emitter, Flavor
-from ._onnx_graph import Array
-from ._onnx_levels import Levels, Table
+from .emitter import Container, Emitter, Flavor
+from .graph import Array
+from .levels import Levels, Table
 
 
 def weight(emit: Emitter, step: Instruction) -> str:

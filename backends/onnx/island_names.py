@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxq.integer.shapes import Size
 
-from ._onnx_island_module import IslandModule
+from .island_module import IslandModule
 
 if TYPE_CHECKING:
     import onnx

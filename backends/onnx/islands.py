@@ -17,8 +17,8 @@ from fxq.integer.arguments import registers_in, substitute
 from fxq.integer.program import Instruction, IntegerProgram
 from fxq.integer.shapes import Value
 
-from ._onnx_island_module import ISLANDS, IslandModule, reason
-from ._onnx_island_names import Dismantling
+from .island_module import ISLANDS, IslandModule, reason
+from .island_names import Dismantling
 
 if TYPE_CHECKING:
     import onnx

@@ -15,9 +15,8 @@ from fxq.integer.arguments import Register, registers_in
 from fxq.integer.program import Instruction, IntegerProgram
 from fxq.integer.shapes import Size, register_values
 
-from . import _onnx_layers as layers
-from . import _onnx_moves as moves
-from ._onnx_emitter import ISLANDS, Emitter, Flavor, UnexportableError
+from . import layers, moves
+from .emitter import ISLANDS, Emitter, Flavor, UnexportableError
 
 if TYPE_CHECKING:
     import onnx
@@ -120,19 +119,35 @@ def _joined(emit: Emitter, dynamic: bool) -> Iterator[Obstacle]:
     """The float islands are in the graph, with what they read; or why not."""
     if not any(step.op in ISLANDS for step in emit.program):
         return
-    from ._onnx_islands import export_islands
+    from .islands import export_islands
 
     try:
         graph = export_islands(emit.program, emit.values, opset=emit.opset, dynamic=dynamic)
     except LoweringError as error:
         yield from error.obstacles  # type: ignore[misc]
         return
-    written = {name for node in graph.nodes for name in node.output}
-    for name in dict.fromkeys(name for node in graph.nodes for name in node.input):
-        if name in emit.codes and name not in written:
-            emit.float_of(name)
+    keep_float(emit, graph.nodes)
     emit.graph.nodes += graph.nodes
     emit.graph.initializers.update({one.name: one for one in graph.initializers})
+
+
+def keep_float(emit: Emitter, nodes: list[onnx.NodeProto]) -> None:
+    """What runtimes would compute on integers between a DequantizeLinear and a QuantizeLinear.
+
+    ONNX Runtime makes an integer kernel of an operator that stands between the two, and rounds even
+    float weights for it. A layer that was left in float must stay there.
+    """
+    dequantized = {step.name for step in emit.program if step.op == "dequantize"}
+    quantized = {step.inputs[0] for step in emit.program if step.op == "quantize"}
+    for node in nodes:
+        found = [index for index, name in enumerate(node.input) if name in dequantized]
+        if not found or (node.op_type not in _PRODUCTS and quantized.isdisjoint(node.output)):
+            continue
+        name = node.input[found[0]]
+        node.input[found[0]] = layers.apart(emit, name, f"{name}.apart")
+
+
+_PRODUCTS = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 
 
 def _unstated(program: IntegerProgram) -> Iterator[Obstacle]:

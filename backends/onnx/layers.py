@@ -9,8 +9,8 @@ import numpy as np
 from fxq.integer.layers import accumulator_scale
 from fxq.integer.program import Instruction
 
-from ._onnx_emitter import ISLANDS, Emitter, UnexportableError
-from ._onnx_weights import weight
+from .emitter import ISLANDS, Emitter
+from .weights import weight
 
 
 def bias(emit: Emitter, step: Instruction) -> str:
@@ -136,17 +136,17 @@ def fake_quantize(emit: Emitter, step: Instruction) -> None:
     ]
     value, source = emit.float_of(step.inputs[0]), emit.writers.get(step.inputs[0])
     if source is not None and source.op in ISLANDS:
-        value = _apart(emit, value, f"{name}.input")
+        value = apart(emit, value, f"{name}.input")
     top, output = 2 ** step.attributes["bits"] - 1, f"{name}.codes"
     rounded = output if top == 255 else f"{output}.unclipped"
     codes = graph.node("QuantizeLinear", [value, *parameters], rounded, axis=1)
     if rounded != output:
         codes = emit.clip(output, codes, None, top)
-    apart = is_single or any(reader.op in ISLANDS for reader in emit.readers[name])
-    output = f"{name}.value" if apart else name
+    guarded = is_single or any(reader.op in ISLANDS for reader in emit.readers[name])
+    output = f"{name}.value" if guarded else name
     value = graph.node("DequantizeLinear", [codes, *parameters], output, axis=1)
-    if apart:
-        _apart(emit, value, name)
+    if guarded:
+        apart(emit, value, name)
     emit.floats[name] = name if is_single else value
 
 
@@ -162,13 +162,15 @@ def _read(emit: Emitter, step: Instruction) -> str:
     before = [emit.writers.get(name) for name in writer.inputs]  # a padding that runtimes fold
     near = [writer, *before] if writer.op in ISLANDS else [writer]
     has_one_scale = any(one is not None and one.op == "dequantize" for one in near)
-    return _apart(emit, value, f"{step.name}.input") if has_one_scale else value
+    return apart(emit, value, f"{step.name}.input") if has_one_scale else value
 
 
-def _apart(emit: Emitter, value: str, output: str) -> str:
-    """The same float, behind an operator that no runtime leaves out."""
+def apart(emit: Emitter, value: str, output: str) -> str:
+    """The same float, behind an operator that no runtime leaves out; made once."""
     lowest = emit.graph.scalar(-math.inf, np.float32)
-    return emit.graph.node("Max", [value, lowest], output)
+    if all(output not in node.output for node in emit.graph.nodes):
+        emit.graph.node("Max", [value, lowest], output)
+    return output
 
 
 def requantize(emit: Emitter, step: Instruction) -> None:
@@ -186,6 +188,9 @@ def requantize(emit: Emitter, step: Instruction) -> None:
 def dequantize(emit: Emitter, step: Instruction) -> None:
     """The float value of codes, for float operators and outputs."""
     source = step.inputs[0]
-    if not isinstance(emit.codes[source], str):
-        raise UnexportableError("a float operator reads a tuple of integer tensors")
-    emit.floats[step.name] = emit.dequantized(emit.codes[source], source, step.name)
+    parts = emit.codes[source]
+    if isinstance(parts, str):
+        emit.floats[step.name] = emit.dequantized(parts, source, step.name)
+        return
+    for index, part in enumerate(parts):  # a tuple that is read as a whole
+        emit.dequantized(part, source, f"{step.name}.{index}")

@@ -14,7 +14,7 @@ from fxq.integer.program import Instruction
 from fxq.integer.reference import reshape as reshape_codes
 from fxq.integer.shapes import BATCHES
 
-from ._onnx_emitter import Emitter, UnexportableError
+from .emitter import Emitter, UnexportableError
 
 Operator = Callable[[list[str], str], str]
 
@@ -194,7 +194,12 @@ def _at_example(emit: Emitter, step: Instruction, value: torch.Tensor) -> Any:
         for name, found in emit.values.items()
         if found.size is not None
     }
-    return reshape_codes(step, value, sizes)
+    try:
+        return reshape_codes(step, value, sizes)
+    except KeyError as error:
+        raise UnexportableError(
+            "it reads an integer that is no multiple of the batch size"
+        ) from error
 
 
 _OPERATORS: dict[str, Callable[[Emitter, Instruction], Operator]] = {

@@ -1,149 +1,30 @@
-"""The onnx backend: an integer program as a QDQ model, and an ``nn.Module`` that runs it.
-
-The model is standard ONNX, opset 21 or later: QuantizeLinear and DequantizeLinear around float
-operators, on the very integers of the program. `_onnx_model` builds it, `_onnx_session` runs it in
-ONNX Runtime.
-"""
+"""`OnnxBackend`: lowering to ONNX, exporting, loading."""
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from fxq.backend import Obstacle
 from fxq.errors import ArtifactError, FxqError, LoweringError, UnknownNameError
-from fxq.integer.arguments import substitute
 from fxq.integer.lowering import lower_to_integers
 from fxq.integer.obstacles import obstacles
 from fxq.integer.program import IntegerProgram
 
-from ._onnx_emitter import Flavor
-from ._onnx_file import read_model, save_model, write_model
-from ._onnx_model import OLDEST_OPSET, check_opset, onnx_model, output_names, weights_digest
-from ._onnx_session import Session
+from .emitter import Flavor
+from .file import read_model, save_model, write_model
+from .model import OLDEST_OPSET, check_opset, onnx_model, weights_digest
+from .module import OnnxModule, properties
 
 if TYPE_CHECKING:
     import onnx
 
     from fxq.artifact import Artifact
     from fxq.graph.program import Program
-
-
-class OnnxModule(nn.Module):
-    """Runs an integer program as an ONNX model in ONNX Runtime.
-
-    Args:
-        program: The program.
-        model: The model made of it.
-    """
-
-    def __init__(self, program: IntegerProgram, model: onnx.ModelProto) -> None:
-        super().__init__()
-        self.program = program
-        self.model = model
-        self._session: Session | None = None
-        self._tapped: Session | None = None
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        """The output of the program.
-
-        Raises:
-            FxqError: ONNX Runtime refuses the model or the inputs.
-        """
-        self._check(inputs)
-        if self._session is None:
-            self._session = Session(self.model)
-        found = self._session.run(inputs)
-        names = output_names(self.program)
-        registers = {
-            name: found[one]
-            for (name, _), one in zip(names.items(), self._session.outputs, strict=True)
-        }
-        return substitute(self.program.output, registers)
-
-    def registers(self, *inputs: torch.Tensor) -> dict[str, Any]:
-        """Every register that is a tensor of the model: codes, and the floats of islands."""
-        self._check(inputs)
-        tensors = self._tensors()
-        if self._tapped is None:
-            self._tapped = Session(*_tapped(self.model, list(tensors.values())))
-        found = self._tapped.run(inputs)
-        given = dict(zip(self.program.inputs, inputs, strict=True))
-        observed = zip(tensors, self._tapped.outputs, strict=True)
-        return given | {name: found[tensor] for name, tensor in observed}
-
-    def _tensors(self) -> dict[str, str]:
-        """The tensor of the model that holds each register, where one does."""
-        known = {name for node in self.model.graph.node for name in node.output}
-        shown = output_names(self.program)
-        found = {}
-        for step in self.program:
-            names = (step.name, shown.get(step.name, ""))
-            tensors = names if step.grid is None else (f"{step.name}.codes",)
-            present = [tensor for tensor in tensors if tensor in known]
-            if present:
-                found[step.name] = present[0]
-        return found
-
-    def _check(self, inputs: tuple[torch.Tensor, ...]) -> None:
-        if len(inputs) != len(self.program.inputs):
-            raise FxqError(
-                f"the network takes {len(self.program.inputs)} inputs, not {len(inputs)}"
-            )
-
-    @property
-    def flavor(self) -> Flavor:
-        """What the integers are stored in."""
-        return Flavor(_properties(self.model).get("fxq.flavor", Flavor.FAST.value))
-
-    @property
-    def opset(self) -> int:
-        """The opset of the model."""
-        return int(self.model.opset_import[0].version)
-
-    def extra_repr(self) -> str:
-        """Flavour, opset and number of nodes."""
-        nodes = len(self.model.graph.node)
-        return f"flavor={self.flavor}, opset={self.opset}, {nodes} nodes"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OnnxModule:
-        model = type(self.model)()
-        model.CopyFrom(self.model)
-        return OnnxModule(copy.deepcopy(self.program, memo), model)
-
-
-def _properties(model: onnx.ModelProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in model.metadata_props}
-
-
-def _tapped(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
-    """A copy of a model that also returns inner tensors, packed ones as bytes; and their names."""
-    from onnx import TensorProto, ValueInfoProto, helper
-
-    tapped = type(model)()
-    tapped.CopyFrom(model)
-    types = {one.name: one.data_type for one in model.graph.initializer}
-    present = {one.name for one in model.graph.output}
-    names = []
-    for tensor in tensors:
-        zero_point = f"{tensor.removesuffix('.codes')}.zero_point"
-        name = tensor
-        if types.get(zero_point, TensorProto.UINT8) != TensorProto.UINT8:
-            name = f"{tensor}.bytes"
-            tapped.graph.node.append(
-                helper.make_node("Cast", [tensor], [name], to=TensorProto.UINT8)
-            )
-        names.append(name)
-        if name not in present:
-            tapped.graph.output.append(ValueInfoProto(name=name))
-            present.add(name)
-    return tapped, names
 
 
 class OnnxBackend:
@@ -205,7 +86,7 @@ class OnnxBackend:
             return OnnxModule(integers, onnx_model(integers, **_options(options)))
         path = Path(folder) / self.file_name(str(options.get("flavor", Flavor.FAST)))
         model = read_model(path)
-        if _properties(model).get("fxq.weights_sha256") != weights_digest(integers):
+        if properties(model).get("fxq.weights_sha256") != weights_digest(integers):
             raise ArtifactError(
                 "the ONNX model does not belong to the weights of this run",
                 where=str(path),
@@ -270,7 +151,7 @@ def _described(model: onnx.ModelProto, artifact: Artifact) -> onnx.ModelProto:
     if accuracy:
         facts["fxq.accuracy"] = json.dumps(accuracy, sort_keys=True)
     known = {name: value for name, value in facts.items() if value}
-    helper.set_model_props(model, dict(sorted({**_properties(model), **known}.items())))
+    helper.set_model_props(model, dict(sorted({**properties(model), **known}.items())))
     return model
 
 
