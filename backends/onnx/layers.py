@@ -34,9 +34,10 @@ def bias(emit: Emitter, step: Instruction) -> str:
 def conv(emit: Emitter, step: Instruction) -> None:
     """A convolution, with its ReLU in the quantizer, or behind it where it computes in float."""
     attributes, is_float = step.attributes, step.grid is None
+    value = _padded(emit, step) if emit.pads_channels(step) else _read(emit, step)
     total = emit.graph.node(
         "Conv",
-        [_read(emit, step), weight(emit, step), bias(emit, step)],
+        [value, weight(emit, step), bias(emit, step)],
         step.name if is_float and not attributes["relu"] else f"{step.name}.sum",
         kernel_shape=list(emit.program.tensor(step, "weight").shape[2:]),
         strides=list(attributes["stride"]),
@@ -50,6 +51,17 @@ def conv(emit: Emitter, step: Instruction) -> None:
     if attributes["relu"]:
         total = emit.graph.node("Relu", [total], step.name)
     emit.floats[step.name] = total
+
+
+def _padded(emit: Emitter, step: Instruction) -> str:
+    """The input of a convolution of three channels with a fourth, as a float tensor."""
+    source, output = step.inputs[0], f"{step.name}.padded"
+    rank = len(emit.shape(source))
+    ends = [int(axis == 1) for axis in range(rank)]
+    zero = emit.graph.scalar(emit.grid(source).zero_point, np.uint8)
+    inputs = [emit.codes[source], emit.graph.shape([0] * rank + ends), zero]
+    codes = emit.graph.node("Pad", inputs, f"{output}.codes")
+    return emit.dequantized(codes, source, output)
 
 
 def linear(emit: Emitter, step: Instruction) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -53,14 +54,41 @@ class Session:
         }
 
 
+@functools.cache
+def saturates() -> bool:
+    """Whether ONNX Runtime's products of uint8 and int8 saturate in 16 bits on this CPU.
+
+    Found by running one of the largest operands. Its option for such CPUs costs others more than
+    half their speed, so that it must not be set everywhere.
+    """
+    import numpy as np
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = numpy_helper.from_array(np.full((64, 16), 127, np.int8), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [16, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [16, 16])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (found,) = session.run(None, {"x": np.full((16, 64), 255, np.uint8)})
+    return bool((found != 64 * 127 * 255).any())
+
+
 def _session(model: onnx.ModelProto) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    # Exact products on CPUs whose kernels would saturate in 16 bits; no effect on the others.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     # Its threads would go on spinning after a run, in the way of PyTorch's.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers = ["CPUExecutionProvider"]

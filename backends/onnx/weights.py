@@ -21,8 +21,7 @@ def weight(emit: Emitter, step: Instruction) -> str:
     elif isinstance(packed.form, Table):
         codes = _looked_up(emit, step, packed.bits, packed.form)
     else:
-        stored = emit.program.tensor(step, "weight").numpy()
-        codes = emit.graph.constant(f"{step.name}.weight", stored)
+        codes = emit.graph.constant(f"{step.name}.weight", emit.weight_codes(step))
     scale = emit.program.tensor(step, "scale").numpy()
     return _dequantized(emit, step, codes, scale, np.zeros(len(scale), np.int8))
 

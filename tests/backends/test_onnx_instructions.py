@@ -102,6 +102,7 @@ def check(
 CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "3x3": ((4, 4, 3, 3), (2, 4, 6, 6), {"padding": 1}),
     "stride": ((4, 4, 3, 3), (2, 4, 7, 7), {"padding": 1, "stride": 2}),
+    "three channels": ((4, 3, 3, 3), (2, 3, 7, 7), {"padding": 1, "stride": 2}),
     "depthwise": ((4, 1, 3, 3), (2, 4, 6, 6), {"groups": 4}),
     "multiplied depthwise": ((8, 1, 3, 3), (2, 4, 6, 6), {"groups": 4}),
     "grouped": ((8, 2, 3, 3), (2, 4, 6, 6), {"groups": 2}),
