@@ -22,7 +22,9 @@ from fxq.integer.layers import float_bias
 FUSED = "-fused"
 """The end of the names of engines that add residuals inside convolutions."""
 
-ENGINES = ("x86", f"x86{FUSED}", "fbgemm", "onednn")
+ENGINES = ("fbgemm", "x86", f"x86{FUSED}", "onednn")
+DEFAULT_ENGINE = "fbgemm"
+"""The one whose results are those of the reference, on every CPU that has it."""
 """``x86`` takes the faster exact kernel of the other two for each layer on this CPU."""
 
 EXACT_LIMIT = 2**24

@@ -33,17 +33,17 @@ class EagerModule(nn.Module):
 
     Args:
         program: The program.
-        engine: ``x86`` (the faster of the two for each layer; rounds a tie the other way a few
-            times in a million), ``x86-fused`` (the same with residual adds inside convolutions,
-            which rounds once less), ``fbgemm`` (equal to the integer reference in every element) or
-            ``onednn``.
+        engine: ``fbgemm`` (equal to the integer reference in every element), ``x86`` (the faster
+            of fbgemm and onednn for each layer; rounds a tie the other way a few times in a
+            million), ``x86-fused`` (the same with residual adds inside convolutions, which rounds
+            once less) or ``onednn``.
 
     Raises:
         UnknownNameError: There is no such engine.
         LoweringError: This build of torch does not have the engine.
     """
 
-    def __init__(self, program: IntegerProgram, engine: str = "x86") -> None:
+    def __init__(self, program: IntegerProgram, engine: str = kernels.DEFAULT_ENGINE) -> None:
         super().__init__()
         if engine not in kernels.ENGINES:
             raise UnknownNameError("engine", engine, kernels.ENGINES)
@@ -139,7 +139,7 @@ class EagerBackend:
     """An ``nn.Module`` on torch's own int8 kernels."""
 
     name = "eager"
-    summary = "An nn.Module on torch's int8 kernels (engines x86, fbgemm, onednn)"
+    summary = "An nn.Module on torch's int8 kernels (engines fbgemm, x86, x86-fused, onednn)"
 
     def obstacles(self, program: Program) -> list[Obstacle]:
         """Everything in the program that has no integer form and is not float either."""
@@ -158,7 +158,7 @@ class EagerBackend:
         from fxq.artifact import Artifact
 
         journal = options.pop("journal", None)
-        engine = options.pop("engine", "x86")
+        engine = options.pop("engine", kernels.DEFAULT_ENGINE)
         if options:
             raise FxqError(
                 f"the eager backend has no option {next(iter(options))!r}", hint="it has: engine"
@@ -180,4 +180,4 @@ class EagerBackend:
 
     def load(self, integers: IntegerProgram, **options: Any) -> nn.Module:
         """The module of a stored program."""
-        return EagerModule(integers, options.get("engine", "x86"))
+        return EagerModule(integers, options.get("engine", kernels.DEFAULT_ENGINE))

@@ -182,9 +182,9 @@ def _of_run(request: Request) -> tuple[tuple[int, ...], list[Contender]]:
 
 
 def _engine_of(artifact: Any) -> Engine:
-    """The engine a run was compiled for; x86 where its backend has none."""
+    """The engine a run was compiled for; the default where its backend has none."""
     name = artifact.metadata.get("engine")
-    return Engine(name) if name in list(Engine) else Engine.X86
+    return Engine(name) if name in list(Engine) else Engine.FBGEMM
 
 
 def _label(run: str) -> str:
@@ -229,7 +229,7 @@ def _of_model(request: Request) -> tuple[tuple[int, ...], list[Contender]]:
         input_shape=request.input_shape,
         seed=request.seed,
     )
-    engine = request.engine or Engine.X86
+    engine = request.engine or Engine.FBGEMM
     source, batches = calibration_batches(request, subject)
     own = []
     for recipe in recipes:

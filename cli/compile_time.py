@@ -97,7 +97,7 @@ def measure(request: Request) -> dict[str, Any]:
     )
     _, batches = calibration_batches(request, subject)
     (name,) = request.recipes
-    engine = request.engine or Engine.X86
+    engine = request.engine or Engine.FBGEMM
     with no_deprecations():
         work = _work(name, subject, batches, engine)
         before, start = peak_memory(), time.perf_counter()

@@ -24,9 +24,9 @@ class Print(StrEnum):
 class Engine(StrEnum):
     """The kernel library of the eager backend."""
 
+    FBGEMM = "fbgemm"
     X86 = "x86"
     X86_FUSED = "x86-fused"
-    FBGEMM = "fbgemm"
     ONEDNN = "onednn"
 
 
@@ -96,7 +96,8 @@ EngineOption = Annotated[
         "--engine",
         show_default=False,
         rich_help_panel=_COMPILATION,
-        help="Kernel library of the eager backend",
+        help="Kernels of the eager backend: fbgemm, the default, computes exactly what the "
+        "reference and ONNX Runtime do; x86 is faster and rounds some ties differently",
     ),
 ]
 FlavorOption = Annotated[
