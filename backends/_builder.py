@@ -26,10 +26,9 @@ class Builder:
     """Chooses kernels and byte offsets, and packs weights."""
 
     def __init__(self, program: IntegerProgram, engine: str) -> None:
-        self.engine = engine.removesuffix(kernels.FUSED)
+        self.engine = engine
         self.program = program  # which layers can add is asked of the unfused program
-        if engine.endswith(kernels.FUSED):
-            self.program = fuse_residual_adds(program, self._can_add)
+        self.program = fuse_residual_adds(program, self._can_add)
         self.grids = self.program.grids()
         self.offsets = byte_offsets(self.program, self._tolerates_zero_point)
 

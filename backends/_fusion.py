@@ -1,4 +1,4 @@
-"""Residual adds that run inside the convolution before them, on engine ``x86-fused``.
+"""Residual adds that run inside the convolution before them, on engines that can.
 
 onednn adds a second tensor to a convolution's accumulators before it rounds, which saves a pass
 over both tensors (a fifth of a ResNet-50) and one rounding. The result therefore differs from the

@@ -19,10 +19,7 @@ import torch.nn.functional as F
 
 from fxq.integer.layers import float_bias
 
-FUSED = "-fused"
-"""The end of the names of engines that add residuals inside convolutions."""
-
-ENGINES = ("fbgemm", "x86", f"x86{FUSED}", "onednn")
+ENGINES = ("fbgemm", "x86", "onednn")
 DEFAULT_ENGINE = "fbgemm"
 """The one whose results are those of the reference, on every CPU that has it."""
 """``x86`` takes the faster exact kernel of the other two for each layer on this CPU."""
@@ -87,7 +84,7 @@ def is_exact(engine: str) -> bool:
 def supported_engines() -> tuple[str, ...]:
     """The engines this build of torch has."""
     built = torch.backends.quantized.supported_engines
-    return tuple(name for name in ENGINES if name.removesuffix(FUSED) in built)
+    return tuple(name for name in ENGINES if name in built)
 
 
 @contextlib.contextmanager

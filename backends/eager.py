@@ -34,9 +34,8 @@ class EagerModule(nn.Module):
     Args:
         program: The program.
         engine: ``fbgemm`` (equal to the integer reference in every element), ``x86`` (the faster
-            of fbgemm and onednn for each layer; rounds a tie the other way a few times in a
-            million), ``x86-fused`` (the same with residual adds inside convolutions, which rounds
-            once less) or ``onednn``.
+            of fbgemm and onednn for each layer, residual adds inside convolutions; rounds ties the
+            other way a few times in a million, and once less per add) or ``onednn``.
 
     Raises:
         UnknownNameError: There is no such engine.
@@ -139,7 +138,7 @@ class EagerBackend:
     """An ``nn.Module`` on torch's own int8 kernels."""
 
     name = "eager"
-    summary = "An nn.Module on torch's int8 kernels (engines fbgemm, x86, x86-fused, onednn)"
+    summary = "An nn.Module on torch's int8 kernels (engines fbgemm, x86, onednn)"
 
     def obstacles(self, program: Program) -> list[Obstacle]:
         """Everything in the program that has no integer form and is not float either."""

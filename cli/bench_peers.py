@@ -31,7 +31,6 @@ def quantized_engine(engine: str) -> Iterator[None]:
     Raises:
         FxqError: This build of torch does not have it.
     """
-    engine = engine.removesuffix("-fused")  # which is a matter of fxq's
     supported = torch.backends.quantized.supported_engines
     if engine not in supported:
         raise FxqError(
@@ -65,7 +64,7 @@ def torch_ao_int8(
         from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
         try:
-            mapping = get_default_qconfig_mapping(engine.removesuffix("-fused"))
+            mapping = get_default_qconfig_mapping(engine)
             prepared = prepare_fx(copy.deepcopy(model).eval(), mapping, example)
             for batch in batches:
                 prepared(*_arguments(batch, len(example)))

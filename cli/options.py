@@ -26,7 +26,6 @@ class Engine(StrEnum):
 
     FBGEMM = "fbgemm"
     X86 = "x86"
-    X86_FUSED = "x86-fused"
     ONEDNN = "onednn"
 
 
@@ -97,7 +96,7 @@ EngineOption = Annotated[
         show_default=False,
         rich_help_panel=_COMPILATION,
         help="Kernels of the eager backend: fbgemm, the default, computes exactly what the "
-        "reference and ONNX Runtime do; x86 is faster and rounds some ties differently",
+        "reference and ONNX Runtime do; x86 is faster and rounds differently",
     ),
 ]
 FlavorOption = Annotated[

@@ -100,15 +100,9 @@ def _eager(artifact: Artifact, engine: Engine) -> Runtime:
     return Runtime(
         name,
         module,
-        remark=f"{_WHY[engine]}: compare with --engine {EXACT.value}",
+        remark=f"{engine.value} adds residuals inside convolutions and rounds ties "
+        f"differently: compare with --engine {EXACT.value}",
     )
-
-
-_WHY = {
-    Engine.X86: "x86 rounds some ties the other way",
-    Engine.ONEDNN: "onednn rounds some ties the other way",
-    Engine.X86_FUSED: "x86-fused adds residuals inside convolutions, which rounds once less",
-}
 
 
 def own_engine(artifact: Artifact) -> str | None:

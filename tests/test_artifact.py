@@ -58,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- there and back ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["x86", "x86-fused", "fbgemm", "onednn"])
+@pytest.mark.parametrize("engine", ["x86", "fbgemm", "onednn"])
 @pytest.mark.parametrize("recipe", ["minmax-int8", "aciq-4bit"])
 @pytest.mark.parametrize("build", [tiny_conv, tiny_residual, tiny_depthwise, tiny_concat, tiny_mlp])
 def test_loading_gives_back_what_was_saved(

@@ -13,7 +13,7 @@ from fxq.integer.layers import accumulator_scale, integer_bias
 from fxq.integer.program import Grid, Instruction, IntegerProgram
 from fxq.integer.reference import Reference
 
-ENGINES = ("x86", "x86-fused", "fbgemm", "onednn")
+ENGINES = ("x86", "fbgemm", "onednn")
 needs_exact_onednn = pytest.mark.skipif(
     not kernels.is_exact("onednn"), reason="this CPU's onednn saturates in 16 bits"
 )

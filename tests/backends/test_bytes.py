@@ -19,7 +19,7 @@ from fxq.integer.reference import Reference
 from fxq.models_zoo import tiny_concat, tiny_conv, tiny_depthwise, tiny_residual
 from fxq.numerics.saturation import largest_pair_sum, pair_limit
 
-ENGINES = ("x86", "x86-fused", "fbgemm", "onednn")
+ENGINES = ("x86", "fbgemm", "onednn")
 POOL = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
 
 
@@ -268,5 +268,5 @@ def test_labels_share_memory() -> None:
 
 def test_engines_are_tried_on_this_cpu() -> None:
     assert set(kernels.supported_engines()) <= set(kernels.ENGINES)
-    for engine in {name.removesuffix(kernels.FUSED) for name in kernels.supported_engines()}:
+    for engine in kernels.supported_engines():
         assert isinstance(kernels.is_exact(engine), bool)

@@ -20,7 +20,7 @@ from fxq.errors import FxqError, UnknownNameError
 from fxq.integer.reference import Reference
 from fxq.models_zoo import tiny_concat, tiny_conv, tiny_depthwise, tiny_mlp, tiny_residual
 
-ENGINES = ("x86", "x86-fused", "fbgemm", "onednn")
+ENGINES = ("x86", "fbgemm", "onednn")
 needs_exact_onednn = pytest.mark.skipif(
     not kernels.is_exact("onednn"), reason="this CPU's onednn saturates in 16 bits"
 )
@@ -77,7 +77,7 @@ def test_fused_adds_keep_what_is_read_later(name: str, bits: int, integers) -> N
     x = images(3, 3, 8, 8)
     settings = (f"quantize-minmax.addend_bits={bits}", f"quantize-minmax.activation_bits={bits}")
     program = integers(Block(RESIDUALS[name]), x, "minmax-int8", settings).artifact.integers
-    module = EagerModule(program, "x86-fused")
+    module = EagerModule(program, "x86")
     first = module(x)
     assert output_sqnr(Reference(program)(x), first) > (33 if bits == 8 else 10)
     again = module(x)
@@ -92,7 +92,7 @@ def _tensors(value: object) -> list[Tensor]:
 @needs_exact_onednn
 def test_adds_are_fused(integers) -> None:
     program = integers(Block(RESIDUALS["twice"]), images(2, 3, 8, 8)).artifact.integers
-    for engine, expected in (("x86-fused", 2), ("x86", 0), ("onednn", 0), ("fbgemm", 0)):
+    for engine, expected in (("x86", 2), ("onednn", 2), ("fbgemm", 0)):
         fused = [step for step in Builder(program, engine).program if step.op == "conv_add"]
         assert len(fused) == expected
 
@@ -105,13 +105,13 @@ def test_only_memory_nobody_needs_is_overwritten(integers) -> None:
     expected |= {"pooled skip": [True], "both are convolutions": [True]}
     for name, answers in expected.items():
         program = integers(Block(RESIDUALS[name]), images(2, 3, 8, 8)).artifact.integers
-        fused = Builder(program, "x86-fused").program
+        fused = Builder(program, "x86").program
         found = [may_overwrite(fused, step) for step in fused if step.op == "conv_add"]
         assert found == answers, name
 
 
 @needs_exact_onednn
-@pytest.mark.parametrize("engine", ["x86", "x86-fused", "onednn"])
+@pytest.mark.parametrize("engine", ["x86", "onednn"])
 @pytest.mark.parametrize("recipe", ["minmax-int8", "aciq-8bit"])
 @pytest.mark.parametrize("build", [tiny_conv, tiny_residual, tiny_depthwise, tiny_concat, tiny_mlp])
 def test_engines_are_close_to_the_reference(
@@ -156,8 +156,8 @@ def test_a_fused_add_of_one_column(integers) -> None:
     """The residual sum of a tall image one pixel wide."""
     x = images(2, 3, 9, 1)
     program = integers(Block(RESIDUALS["plain"]), x).artifact.integers
-    assert any(step.op == "conv_add" for step in Builder(program, "x86-fused").program)
-    assert output_sqnr(Reference(program)(x), EagerModule(program, "x86-fused")(x)) > 33
+    assert any(step.op == "conv_add" for step in Builder(program, "x86").program)
+    assert output_sqnr(Reference(program)(x), EagerModule(program, "x86")(x)) > 33
 
 
 # ---- the module --------------------------------------------------------------------------------

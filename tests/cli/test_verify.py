@@ -101,7 +101,7 @@ def test_the_exact_engine(fxq: Callable, digits_run: Path) -> None:
     assert done.out.rstrip().endswith("verified: eager fbgemm")
 
 
-@pytest.mark.parametrize("engine", ["x86", "x86-fused"])
+@pytest.mark.parametrize("engine", ["x86", "onednn"])
 def test_an_engine_that_differs_is_explained(engine: str, fxq: Callable, digits_run: Path) -> None:
     done = fxq("verify", str(digits_run), *EAGER, "--engine", engine)
     shown = json.loads(fxq("verify", str(digits_run), *EAGER, "--engine", engine, "--json").out)
