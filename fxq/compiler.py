@@ -81,7 +81,8 @@ def compile(
         check: Whether to run the probe batch after every pass.
         on_step: Called after every pass.
         progress: Called as ``progress(label, done, total)`` during long steps.
-        backend_options: For ``eager``: ``engine``.
+        backend_options: For ``eager``: ``engine``; for ``onnx``: ``flavor``, ``opset``,
+            ``dynamic``.
 
     Raises:
         FxqError: Something is wrong; see the subclasses in `fxq.errors`.
@@ -95,6 +96,9 @@ def compile(
     """
     start = time.perf_counter()
     chosen = _recipe(recipe).with_settings(settings)
+    check_options = getattr(find_backend(backend), "check_options", None)
+    if check_options is not None:  # before the passes run
+        check_options(**backend_options)
     program = capture(
         model,
         on_cpu(as_inputs(example_inputs)),

@@ -33,6 +33,14 @@ class OnnxBackend:
     name = "onnx"
     summary = "A standard QDQ model for ONNX Runtime (flavors fast, packed, compact)"
 
+    def check_options(self, **options: Any) -> None:
+        """The options are possible ones.
+
+        Raises:
+            FxqError: An option or a flavour is unknown, or the opset impossible.
+        """
+        _options(options)
+
     def obstacles(self, program: Program) -> list[Obstacle]:
         """Everything in the program that has no integer form, or no ONNX form."""
         found = obstacles(program, per_channel=True)

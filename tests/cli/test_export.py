@@ -102,6 +102,14 @@ def test_bad_requests_say_what_is_wrong(name: str, fxq: Callable, run: Path) -> 
     assert sorted(path.name for path in run.parent.rglob("*")) == before
 
 
+def test_options_of_the_backend_are_checked_before_the_passes_run(fxq: Callable) -> None:
+    done = fxq(*QUICK, "--backend", "onnx", "--opset", "13", "-o", "out")
+    assert done.code == 2
+    assert "opset 13 is too old" in done.err
+    assert "quantize-aciq" not in done.out
+    assert not Path("out").exists()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_an_unwritable_folder(fxq: Callable, run: Path, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
