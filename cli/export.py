@@ -72,7 +72,8 @@ def _tell(artifact: Artifact, module: Any, path: Path, seconds: float, job: Job)
 
     data = path.with_name(f"{path.name}.data")
     size = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
-    before = artifact.metadata.get("model", {}).get("size")
+    about = artifact.metadata.get("model")
+    before = about.get("size") if isinstance(about, dict) else None
     ratio = f", {size / before:.3f} of the float weights" if before else ""
     rows = [
         ("flavor", _FLAVOR_TEXT.get(job.flavor, job.flavor)),

@@ -300,7 +300,7 @@ def bench_command(
     seed: opt.Seed = 0,
     plugin: opt.Plugin = None,
 ) -> None:
-    """Time networks side by side, in interleaved rounds: runs, recipes, float and torch.ao."""
+    """Time networks side by side, in interleaved rounds: runs, recipes, float and peers."""
     from . import bench
     from . import compile_time as compiling
 

@@ -64,7 +64,7 @@ def verify_command(
     """Compare a run, layer by layer, with the integer reference: eager module and ONNX Runtime.
 
     Exit code 2 where something differs that must not: fbgemm in any layer on integers, ONNX Runtime
-    in the convolutions and linears of flavor fast, or in more than 1 of 1000 argmaxes.
+    in the convolutions and linears of flavors fast and packed, or in more than 1 of 1000 argmaxes.
     """
     from . import verify
     from .load import set_threads

@@ -144,11 +144,22 @@ def check_writable(target: Path, *, force: bool = False) -> None:
                 where=str(target),
                 hint="name a folder that does not exist yet",
             )
-        parent = next(folder for folder in target.absolute().parents if folder.exists())
+        existing_parent(target)
     except OSError as error:
         raise _unwritable(target, error) from error
+
+
+def existing_parent(target: Path) -> Path:
+    """The nearest folder above a path that exists.
+
+    Raises:
+        ArtifactError: It is a file.
+        OSError: It cannot be looked at.
+    """
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
     if not parent.is_dir():
         raise ArtifactError("the output's parent is a file", where=str(parent))
+    return parent
 
 
 def _check_replaceable(target: Path, *, force: bool) -> None:

@@ -17,10 +17,11 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import library
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _OPERATORS = ("nms", "qnms")
-_libraries: list[torch.library.Library] = []  # an operator lives as long as its Library object
+_fragments: list[library.Library] = []  # an operator lives as long as what defined it
 
 
 def prepare_torchvision() -> bool:
@@ -29,16 +30,16 @@ def prepare_torchvision() -> bool:
     Nothing is defined where torchvision is absent, already imported, or has an extension that
     loads. Calling it again changes nothing. torchvision itself is not imported.
     """
-    if _libraries:
+    if _fragments:
         return True
     if "torchvision" in sys.modules or _extension_defines_operators():
         return False
-    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    fragment = library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for operator in _OPERATORS:
-        library.define(operator + _SCHEMA)  # type: ignore[no-untyped-call]
+        fragment.define(operator + _SCHEMA)  # type: ignore[no-untyped-call]
         for device in ("CPU", "CUDA"):
-            library.impl(operator, nms, device)  # type: ignore[no-untyped-call]
-    _libraries.append(library)
+            fragment.impl(operator, nms, device)  # type: ignore[no-untyped-call]
+    _fragments.append(fragment)
     return True
 
 

@@ -236,6 +236,11 @@ class Emitter:
         ends = ["" if end is None else self.graph.scalar(end, np.uint8) for end in (low, high)]
         return self.graph.node("Clip", [codes, *ends], output)
 
+    def pad(self, output: str, codes: str, pads: list[int], zero_point: int) -> str:
+        """Bytes with zeros around them; all amounts before, by dimension, then all behind."""
+        zero = self.graph.scalar(zero_point, np.uint8)
+        return self.graph.node("Pad", [codes, self.graph.shape(pads), zero], output)
+
     def move(self, step: Instruction, operator: Callable[[list[str], str], str]) -> None:
         """The register holds the codes that ``operator(tensors, output)`` takes from its inputs."""
         codes = [self.codes[source] for source in step.inputs]

@@ -86,6 +86,8 @@ def check_file(path: Path, *, force: bool = False) -> None:
     Raises:
         ArtifactError: It exists and force is off, or it is a folder.
     """
+    from fxq.artifact import existing_parent
+
     try:
         if path.is_dir():
             raise ArtifactError(
@@ -97,11 +99,9 @@ def check_file(path: Path, *, force: bool = False) -> None:
                 where=str(path),
                 hint="pass --force to replace it, or choose another with -o",
             )
-        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        parent = existing_parent(path)
     except OSError as error:
         raise _unwritable(path, error) from error
-    if not parent.is_dir():
-        raise ArtifactError("the output's parent is a file", where=str(parent))
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ArtifactError(
             "the output's folder is not writable",

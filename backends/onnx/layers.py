@@ -57,10 +57,9 @@ def _padded(emit: Emitter, step: Instruction) -> str:
     """The input of a convolution of three channels with a fourth, as a float tensor."""
     source, output = step.inputs[0], f"{step.name}.padded"
     rank = len(emit.shape(source))
-    ends = [int(axis == 1) for axis in range(rank)]
-    zero = emit.graph.scalar(emit.grid(source).zero_point, np.uint8)
-    inputs = [emit.codes[source], emit.graph.shape([0] * rank + ends), zero]
-    codes = emit.graph.node("Pad", inputs, f"{output}.codes")
+    pads = [0] * rank + [int(axis == 1) for axis in range(rank)]
+    zero_point = emit.grid(source).zero_point
+    codes = emit.pad(f"{output}.codes", emit.codes[source], pads, zero_point)
     return emit.dequantized(codes, source, output)
 
 
@@ -178,11 +177,9 @@ def _read(emit: Emitter, step: Instruction) -> str:
 
 
 def apart(emit: Emitter, value: str, output: str) -> str:
-    """The same float, behind an operator that no runtime leaves out; made once."""
+    """The same float, behind an operator that no runtime leaves out."""
     lowest = emit.graph.scalar(-math.inf, np.float32)
-    if all(output not in node.output for node in emit.graph.nodes):
-        emit.graph.node("Max", [value, lowest], output)
-    return output
+    return emit.graph.node("Max", [value, lowest], output)
 
 
 def requantize(emit: Emitter, step: Instruction) -> None:

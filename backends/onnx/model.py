@@ -72,7 +72,6 @@ def onnx_model(
     flavor: Flavor = Flavor.FAST,
     opset: int = OLDEST_OPSET,
     dynamic: bool = True,
-    metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
     """A program as an ONNX model; the same program gives the same bytes.
 
@@ -81,7 +80,6 @@ def onnx_model(
         flavor: What the integers are stored in.
         opset: The opset, 21 or later.
         dynamic: Whether the first dimension of every input is a batch of any size.
-        metadata: What the model says about itself, beside the version and the weights' digest.
 
     Raises:
         LoweringError: Something has no ONNX form; all of it is listed.
@@ -89,14 +87,14 @@ def onnx_model(
     check_opset(opset)
     values = register_values(program, dynamic=dynamic)
     emit = Emitter(program, values, flavor, opset)
-    obstacles = [*_emitted(emit), *_joined(emit, dynamic), *_unstated(program)]
+    obstacles = [*_emitted(emit), *_joined(emit, dynamic), *_unstated(emit)]
     if obstacles:
         raise LoweringError(
             f"the onnx backend cannot express {len(obstacles)} nodes",
             obstacles,
             hint="keep what cannot be exported outside the model",
         )
-    return _model(emit, {**_own_metadata(emit), **(metadata or {})})
+    return _model(emit, _own_metadata(emit))
 
 
 def _emitted(emit: Emitter) -> Iterator[Obstacle]:
@@ -139,22 +137,27 @@ def keep_float(emit: Emitter, nodes: list[onnx.NodeProto]) -> None:
     """
     dequantized = {step.name for step in emit.program if step.op == "dequantize"}
     quantized = {step.inputs[0] for step in emit.program if step.op == "quantize"}
+    guarded: dict[str, str] = {}
     for node in nodes:
         found = [index for index, name in enumerate(node.input) if name in dequantized]
         if not found or (node.op_type not in _PRODUCTS and quantized.isdisjoint(node.output)):
             continue
         name = node.input[found[0]]
-        node.input[found[0]] = layers.apart(emit, name, f"{name}.apart")
+        if name not in guarded:
+            guarded[name] = layers.apart(emit, name, f"{name}.apart")
+        node.input[found[0]] = guarded[name]
 
 
 _PRODUCTS = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 
 
-def _unstated(program: IntegerProgram) -> Iterator[Obstacle]:
-    """Outputs that are no tensors."""
-    for leaf in _leaves(program.output):
+def _unstated(emit: Emitter) -> Iterator[Obstacle]:
+    """Outputs that are no tensors of a known shape."""
+    for leaf in _leaves(emit.program.output):
         if not isinstance(leaf, Register):
             yield Obstacle("output", f"{leaf!r} is no tensor")
+        elif emit.values[leaf.name].shape is None:
+            yield Obstacle(leaf.name, "it is an output, and no tensor of a known shape")
 
 
 def _leaves(value: Any) -> Iterator[Any]:

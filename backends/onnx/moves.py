@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from fxq.integer.program import Instruction
@@ -51,10 +50,8 @@ def pad(emit: Emitter, step: Instruction) -> None:
     begins, ends = [0] * rank, [0] * rank
     for index in range(len(amounts) // 2):
         begins[rank - 1 - index], ends[rank - 1 - index] = amounts[2 * index : 2 * index + 2]
-    pads = emit.graph.shape([*begins, *ends])
-
-    zero = emit.graph.scalar(emit.grid(step.name).zero_point, np.uint8)
-    emit.move(step, lambda tensors, output: emit.graph.node("Pad", [*tensors, pads, zero], output))
+    pads, zero_point = [*begins, *ends], emit.grid(step.name).zero_point
+    emit.move(step, lambda tensors, output: emit.pad(output, tensors[0], pads, zero_point))
 
 
 def relu(emit: Emitter, step: Instruction) -> None:

@@ -262,3 +262,30 @@ def test_four_bit_codes_never_meet_eight_bit_weights() -> None:
     types = {one.name: one.data_type for one in compact.model.graph.initializer}
     assert types["q.zero_point"] == onnx.TensorProto.UINT8
     assert types["layer.weight"] == onnx.TensorProto.INT8
+
+
+def test_a_float_layer_between_codes_stays_in_float() -> None:
+    """ONNX Runtime would round its weights and run it on integers, unasked."""
+    arguments = (Register("before"), Register("w"))
+    steps = [
+        quantized(),
+        Instruction("before", "dequantize", ("q",)),
+        Instruction("w", "constant", (), {}, {"value": "w"}),
+        Instruction(
+            "y",
+            "float",
+            ("before", "w"),
+            {"target": "functional.conv2d", "arguments": arguments, "keywords": {}},
+        ),
+        Instruction("again", "quantize", ("y",), grid=WIDE),
+        dequantized("again"),
+    ]
+    x, weight = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3)
+    program = IntegerProgram(
+        ("x",), steps, Register("d"), {"w": weight}, {}, (Example(tuple(x.shape)),)
+    )
+    program.check()
+    expected = Reference(program)(x)
+    for flavor in FLAVORS:
+        module: Any = find_backend("onnx").load(program, flavor=flavor)  # type: ignore[attr-defined]
+        assert torch.equal(module(x), expected), flavor

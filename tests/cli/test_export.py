@@ -170,3 +170,17 @@ def test_code_of_the_users_own_that_has_no_onnx_form_is_listed(
     assert "the onnx backend cannot express" in done.err
     assert "kthvalue" in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_bench_against_onnx_runtime(fxq: Callable) -> None:
+    done = fxq(
+        *("bench", "tiny/residual", "-r", "minmax-int8", "--backend", "eager,onnx"),
+        *("--against", "onnxruntime", "--rounds", "1", "-n", "8"),
+    )
+    assert done.code == 0, done.err
+    for name in ("minmax-int8 on eager", "minmax-int8 on onnx"):
+        assert f"{name}: " in done.out
+    assert "x the speed of onnxruntime" in done.out
+    wrong = fxq("bench", "tiny/residual", "--backend", "onxn", "--rounds", "1")
+    assert wrong.code == 2
+    assert "there is no backend named 'onxn'" in wrong.err

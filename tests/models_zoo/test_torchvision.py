@@ -89,7 +89,8 @@ def test_extension_that_loads_is_left_alone() -> None:
     run(
         """
         import torch
-        loaded = torch.library.Library("torchvision", "DEF")
+        from torch import library
+        loaded = library.Library("torchvision", "DEF")
         def load(path):
             loaded.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         torch.ops.load_library = load
