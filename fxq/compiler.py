@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ import torch
 from torch import nn
 
 from fxq.artifact import Artifact
-from fxq.errors import CalibrationError
+from fxq.calibration import CalibrationData, on_cpu
 from fxq.graph.capture import ExampleInputs, as_inputs, capture
 from fxq.graph.program import Program, Progress
-from fxq.pipeline import Pipeline
+from fxq.pipeline import Pass, Pipeline
 from fxq.recipe import Recipe
 from fxq.registry import find_backend
 from fxq.trail.journal import Journal, Step
@@ -108,7 +107,7 @@ def compile(
     program.recipe = chosen.name
     program.overrides = chosen.layers
     program.progress = progress
-    program.calibration = _with_probe(program, calibration)
+    program.calibration = _calibration(program, calibration, chosen.passes)
     journal = chosen.pipeline(check=check).run(program, on_step)
     program.calibration = None
     artifact = lower(program, backend, journal=journal, **backend_options)
@@ -132,16 +131,6 @@ def lower(program: Program, backend: str = "eager", **options: Any) -> Artifact:
     return find_backend(backend).lower(program, **options)
 
 
-def on_cpu(value: Any) -> Any:
-    """Tensors moved to where the integer kernels are."""
-    if isinstance(value, torch.Tensor):
-        return value.cpu()
-    if isinstance(value, (list, tuple)):
-        moved = [on_cpu(item) for item in value]
-        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
-    return value
-
-
 def _recipe(recipe: str | Path | Recipe | Pipeline) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
@@ -150,29 +139,15 @@ def _recipe(recipe: str | Path | Recipe | Pipeline) -> Recipe:
     return Recipe.load(recipe)
 
 
-def _with_probe(program: Program, source: Iterable[Any] | None) -> Iterable[Any] | None:
+def _calibration(
+    program: Program, source: Iterable[Any] | None, passes: Sequence[Pass]
+) -> CalibrationData | None:
     """The calibration data, with a few of its first images made the probe batch."""
     if source is None:
         return None
-    if isinstance(source, torch.Tensor):
-        raise CalibrationError(
-            "calibration must be batches, not one tensor", hint="wrap it in a list: [images]"
-        )
-    try:
-        batches = iter(source)
-    except TypeError as error:
-        raise CalibrationError(
-            f"calibration must be batches, not a {type(source).__name__}",
-            hint="give a list, a generator or a data loader of batches",
-        ) from error
-    first = next(batches, None)
-    if first is None:
-        raise CalibrationError(
-            "0 batches were calibrated", hint="the calibration data is empty; give some images"
-        )
-    program.probe = _probe(program, first) or program.probe
-    moved = (on_cpu(batch) for batch in itertools.chain([first], batches))
-    return _Counted(moved, len(source)) if isinstance(source, Sized) else moved
+    data = CalibrationData(source, keep=max((one.wants_images for one in passes), default=0))
+    program.probe = _probe(program, data.first) or program.probe
+    return data
 
 
 def _probe(program: Program, batch: Any) -> tuple[Any, ...]:
@@ -200,17 +175,3 @@ def _looks_like(value: Any, example: Any) -> bool:
         return type(value) is type(example)
     shaped = 0 < value.dim() == example.dim() and value.numel() > 0
     return shaped and value.dtype == example.dtype and value.shape[1:2] == example.shape[1:2]
-
-
-class _Counted:
-    """An iterator with a known length, so that progress can be shown."""
-
-    def __init__(self, batches: Iterator[Any], length: int) -> None:
-        self._batches = batches
-        self._length = length
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._batches
-
-    def __len__(self) -> int:
-        return self._length

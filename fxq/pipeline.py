@@ -59,6 +59,11 @@ class Pass(ABC):
         """The contract of this pass with these options."""
         return self.contract
 
+    @property
+    def wants_images(self) -> int:
+        """How many calibration images this pass reads on its own: its option ``images``."""
+        return int(getattr(self, "images", 0))
+
     def probe(self, program: Program) -> Any:
         """The output of the program on its probe batch."""
         return program.run(*program.probe)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from fxq.calibration import CalibrationData
 from fxq.contracts import Contract
 from fxq.errors import CalibrationError
 from fxq.graph.program import Program
@@ -173,6 +174,8 @@ def _batch_size(inputs: tuple[Any, ...]) -> int:
 
 
 def _length(source: Iterable[Any]) -> int | None:
+    if isinstance(source, CalibrationData):
+        return source.length()
     try:
         return len(source)  # type: ignore[arg-type]
     except TypeError:

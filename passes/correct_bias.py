@@ -28,6 +28,8 @@ from fxq.graph.rewrite import Editor
 from fxq.pipeline import Pass
 from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer, along_channels
 
+from .images import joined
+
 
 @dataclass(frozen=True)
 class CorrectBias(Pass):
@@ -55,7 +57,7 @@ class CorrectBias(Pass):
             raise CalibrationError(
                 "calibration kept no images to compare on", hint="run calibrate before correct-bias"
             )
-        inputs = program.laid_out(_joined(program.sample, self.images))
+        inputs = program.laid_out(joined(program.sample, self.images))
         shared = _shared_layers(program, edit)
         _SideBySide(program, edit, shared).run(*(_Pair(value, value) for value in inputs))
 
@@ -127,27 +129,6 @@ def _side(value: Any, name: str) -> Any:
 
 def _first(args: Any) -> Any:
     return args[0]
-
-
-def _joined(sample: list[tuple[Any, ...]], images: int) -> tuple[Any, ...]:
-    """The kept batches as one; inputs that are no batch (a mask for all images) are taken once."""
-    sizes = [_size(batch[0]) for batch in sample]
-    columns = list(zip(*sample, strict=True))
-    batched = [[_size(value) for value in column] == sizes for column in columns]
-    pairs = list(zip(columns, batched, strict=True))
-    if not all(_can_join(column) for column, is_batch in pairs if is_batch):
-        return sample[0]
-    return tuple(torch.cat(column)[:images] if b else column[0] for column, b in pairs)
-
-
-def _size(value: Any) -> int | None:
-    return len(value) if isinstance(value, torch.Tensor) and value.dim() else None
-
-
-def _can_join(column: tuple[Any, ...]) -> bool:
-    if not all(isinstance(value, torch.Tensor) and value.dim() for value in column):
-        return False
-    return len({value.shape[1:] for value in column}) == 1
 
 
 def _shared_layers(program: Program, edit: Editor) -> set[str]:

@@ -82,7 +82,7 @@ class Program:
         module: The graph module; passes edit it in place.
         example_inputs: One batch of inputs, used for shapes.
         probe: The batch on which contracts are checked and errors measured.
-        calibration: Batches the `calibrate` pass reads, or None.
+        calibration: Batches the `calibrate` pass reads, and those that optimize; or None.
         sample: A few calibration batches, kept by `calibrate` for passes that compare float and
             integers.
         overrides: Per-layer options, in the order they apply (a later one wins).
