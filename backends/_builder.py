@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fxq.integer.arguments import registers_in
-from fxq.integer.float_layers import fake_quantizer, float_layer
+from fxq.integer.float_layers import dynamic_quantizer, fake_quantizer, float_layer
 from fxq.integer.layers import accumulator_scale
 from fxq.integer.program import Instruction, IntegerProgram
 from fxq.integer.reference import average_multiplier, call_float, float_callable, reshape
@@ -123,6 +123,10 @@ class Builder:
 
     def fake_quantize(self, step: Instruction) -> Run:
         source, run = step.inputs[0], fake_quantizer(self.program, step)
+        return lambda values: run(values[source])
+
+    def dynamic_quantize(self, step: Instruction) -> Run:
+        source, run = step.inputs[0], dynamic_quantizer(step)
         return lambda values: run(values[source])
 
     def _float_layer(self, step: Instruction) -> Run:
@@ -305,6 +309,7 @@ _BUILDERS: dict[str, Callable[[Builder, Instruction], Run]] = {
     "dequantize": Builder.dequantize,
     "requantize": Builder.requantize,
     "fake_quantize": Builder.fake_quantize,
+    "dynamic_quantize": Builder.dynamic_quantize,
     "conv": Builder.conv,
     "conv_add": Builder.conv_add,
     "linear": Builder.linear,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxq.errors import ArtifactError
+from fxq.errors import ArtifactError, RecipeError
 from fxq.zoo_entry import Normalization
 
 from .options import Engine, Flavor, Print, default_folder
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fxq.recipe import Recipe
 
     from .load import Batches, Subject
+    from .max_drop import Raised
     from .score import Evaluation, Score
 
 
@@ -38,6 +39,7 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     output: Path | None = None
     force: bool = False
+    fresh: bool = False
     batch_size: int = 64
     seed: int = 0
     leaves: list[str] = field(default_factory=list)
@@ -45,6 +47,7 @@ class Job:
     normalization: Normalization | None = None
     input_shape: tuple[int, ...] | None = None
     accept_coverage: bool = False
+    max_drop: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,32 +57,32 @@ class _Plan:
     recipe: Recipe
     subject: Subject
     folder: Path
+    unfinished: Path | None
     calibration: Batches | None
     evaluation: Evaluation | None
 
 
 def run(job: Job) -> None:
     """The network is compiled, measured and saved, and all of it told."""
-    from .show_compile import Reporter, coverage_warning
+    from . import unfinished
+    from .show_compile import Reporter, coverage_warning, simulation_warning
 
     plan = _prepared(job)
     _announce(plan)
-    with Reporter(job.printing) as reporter:
-        before = _measured(plan, plan.subject.model.module, reporter)
-        result = compiled(
-            plan.subject,
-            plan.recipe,
-            plan.calibration and plan.calibration.data,
-            backend=job.backend,
-            options=job.options,
-            leaves=job.leaves,
-            reporter=reporter,
-        )
-        after = _measured(plan, result.module, reporter)
-    result.artifact.metadata.update(_metadata(job, plan, before, after))
-    result.artifact.save(plan.folder, force=job.force)
-    _summarize(plan, result, before, after)
-    coverage_warning(result.artifact.warnings, job.accept_coverage)
+    with unfinished.kept(plan.unfinished, fresh=job.fresh):
+        with Reporter(job.printing) as reporter:
+            before = _measured(plan, plan.subject.model.module, reporter)
+            result, raised = _compiled(job, plan, reporter)
+            after = _measured(plan, result.module, reporter)
+        result.artifact.metadata.update(_metadata(job, plan, before, after))
+        if raised is not None:
+            result.artifact.metadata["raised"] = raised.to_json()
+        result.artifact.save(plan.folder, force=job.force)
+    _summarize(plan, result, before, after, raised)
+    if result.artifact.simulation:
+        simulation_warning(result.artifact.warnings)
+    else:
+        coverage_warning(result.artifact.warnings, job.accept_coverage)
 
 
 def _prepared(job: Job) -> _Plan:
@@ -87,12 +90,13 @@ def _prepared(job: Job) -> _Plan:
     from fxq.recipe import Recipe
     from fxq.registry import find_backend
 
-    from . import load, score
+    from . import load, score, unfinished
 
     recipe = Recipe.load(job.recipe).with_settings(job.settings)
     find_backend(job.backend)
     folder = job.output or default_folder(_short_name(job.model), recipe.name)
     check_output(folder, force=job.force)
+    partial = unfinished.folder_beside(folder, recipe)
     subject = load.load_subject(
         job.model,
         weights=job.weights,
@@ -111,7 +115,7 @@ def _prepared(job: Job) -> _Plan:
     evaluation = score.evaluation_of(
         subject, job.evaluation, limit=job.eval_images, batch_size=job.batch_size
     )
-    return _Plan(recipe, subject, folder, calibration, evaluation)
+    return _Plan(recipe, subject, folder, partial, calibration, evaluation)
 
 
 def _short_name(spec: str) -> str:
@@ -172,6 +176,34 @@ def calibration_for(
     return calibration_of(subject, data, images=images, batch_size=batch_size, seed=seed)
 
 
+def _compiled(job: Job, plan: _Plan, reporter: Any) -> tuple[Result, Raised | None]:
+    """The compilation that was asked for, with layers raised where a largest drop was given."""
+    data = plan.calibration and plan.calibration.data
+
+    def compile_with(settings: Sequence[str], meter: Any) -> Result:
+        return compiled(
+            plan.subject,
+            plan.recipe.with_settings(settings),
+            data,
+            backend=job.backend,
+            options=job.options,
+            leaves=job.leaves,
+            reporter=meter,
+            workspace=plan.unfinished,
+        )
+
+    if job.max_drop is None:
+        return compile_with([], reporter), None
+    from . import max_drop
+
+    if data is None:
+        raise RecipeError("--max-drop needs a recipe that calibrates", where=plan.recipe.name)
+    data = data if isinstance(data, Sized) else list(data)  # it is read by every trial
+    answers = max_drop.right_answers(plan.subject.model, data, reporter)
+    raised = max_drop.raised(compile_with, answers, job.max_drop, reporter)
+    return raised.result, raised
+
+
 def compiled(
     subject: Subject,
     recipe: Recipe,
@@ -181,6 +213,7 @@ def compiled(
     options: dict[str, Any] | None = None,
     leaves: list[str] | None = None,
     reporter: Any = None,
+    workspace: Path | None = None,
 ) -> Result:
     """A network through a recipe."""
     from fxq.compiler import compile as compile_model
@@ -194,6 +227,7 @@ def compiled(
         leaf_modules=leaves or (),
         on_step=None if reporter is None else reporter.step,
         progress=reporter,
+        workspace=workspace,
         **(options or {}),
     )
 
@@ -264,7 +298,9 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
-def _summarize(plan: _Plan, result: Result, before: Score | None, after: Score | None) -> None:
+def _summarize(
+    plan: _Plan, result: Result, before: Score | None, after: Score | None, raised: Raised | None
+) -> None:
     from . import show, show_compile
 
     artifact = result.artifact
@@ -275,6 +311,8 @@ def _summarize(plan: _Plan, result: Result, before: Score | None, after: Score |
         ("weights", _sizes(float_bytes(plan.subject.model.module), artifact.size_after)),
         ("coverage", coverage_text(artifact.ledger)),
     ]
+    rows += show_compile.placement_rows(result.journal)
+    rows += raised.rows if raised is not None else []
     rows += _score_rows(plan.evaluation, before, after)
     disk = show.size_text(folder_bytes(plan.folder))
     rows.append(("time", f"{result.seconds:.1f} s to compile; {disk} on disk"))

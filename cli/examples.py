@@ -13,6 +13,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fxq compile model.py -r minmax-int8 --set weight_bits=6 -v -o runs/mine",
         "fxq compile cifar/resnet20 -w w.safetensors -c train.npz -e test.npz -n 64",
         "fxq compile torchvision/resnet18 -r minmax-int8 -c random -n 8 -b 4",
+        "fxq compile digits/convnet --set weight_bits=2 --max-drop 1 -o runs/near",
     ),
     "diff": (
         "fxq diff runs/digits-convnet-aciq-4bit --stat",
@@ -31,6 +32,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fxq eval runs/digits-convnet-aciq-4bit",
         "fxq eval runs/mine --data model.py",
         "fxq eval runs/cifar-resnet20-aciq-4bit --data test.npz --engine fbgemm",
+    ),
+    "ablate": (
+        "fxq ablate digits/convnet -n 64",
+        "fxq ablate digits/convnet -n 64 --option weight_bits=2,3 -o widths",
+        "fxq ablate model.py --option guard=false,true --seeds 0,1 -o guard",
     ),
     "export": (
         "fxq export runs/digits-convnet-aciq-4bit --force",

@@ -60,7 +60,7 @@ def report(error: BaseException, *, with_traceback: bool = False) -> int:
         show.silence_stdout()
         return DONE
     if isinstance(error, KeyboardInterrupt):
-        show.line("interrupted; nothing was written", show.err())
+        show.line(f"interrupted; {str(error) or 'nothing was written'}", show.err())
         return INTERRUPTED
     problem = _as_problem(error)
     if with_traceback or problem is None:

@@ -101,8 +101,14 @@ class _Images:
         return -(-self._limit // self._batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        for images, _ in self._data.batches(self._batch_size, limit=self._limit, seed=self._seed):
-            yield images
+        return (images for images, _ in self.labelled())
+
+    def labelled(self) -> Iterator[tuple[Any, Any]]:
+        """The same images with their labels, batch by batch."""
+        batches: Iterator[tuple[Any, Any]] = self._data.batches(
+            self._batch_size, limit=self._limit, seed=self._seed
+        )
+        return batches
 
 
 class _Noise:

@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 
 from . import options as opt
+from .ablate_command import ablate_command
 from .examples import epilog
 from .export_command import export_command
 from .guard import INTERRUPTED, Guarded
+from .max_drop import MaxDrop
 from .verify_command import verify_command
 
 app = typer.Typer(
@@ -76,6 +78,7 @@ def compile_command(
     flavor: opt.FlavorOption = None,
     opset: opt.Opset = None,
     accept_coverage: opt.AcceptCoverage = False,
+    max_drop: MaxDrop = None,
     weights: opt.Weights = None,
     input_shape: opt.InputShape = None,
     leaf: opt.Leaf = None,
@@ -90,6 +93,7 @@ def compile_command(
     seed: opt.Seed = 0,
     output: opt.Output = None,
     force: opt.Force = False,
+    fresh: opt.Fresh = False,
     printing: opt.Printing = None,
     verbose: opt.Verbose = False,
     threads: opt.Threads = None,
@@ -113,6 +117,7 @@ def compile_command(
         options=work.backend_options(engine, flavor, opset),
         output=output,
         force=force,
+        fresh=fresh,
         batch_size=batch_size,
         seed=seed,
         leaves=leaf or [],
@@ -120,6 +125,7 @@ def compile_command(
         normalization=opt.normalization(mean, std),
         input_shape=opt.shape(input_shape),
         accept_coverage=accept_coverage,
+        max_drop=max_drop,
     )
     work.run(job)
 
@@ -236,6 +242,7 @@ def eval_command(
     )
 
 
+app.command("ablate", epilog=epilog("ablate"))(ablate_command)
 app.command("export", epilog=epilog("export"))(export_command)
 app.command("verify", epilog=epilog("verify"))(verify_command)
 

@@ -269,6 +269,15 @@ Force = Annotated[
         help="Replace an earlier run in that folder",
     ),
 ]
+Fresh = Annotated[
+    bool,
+    typer.Option(
+        "--fresh",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
+        help="Start anew where an interrupted run could be continued",
+    ),
+]
 Printing = Annotated[
     Print | None,
     typer.Option(

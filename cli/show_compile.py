@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -17,7 +18,10 @@ from . import show, show_trail
 from .options import Print
 
 if TYPE_CHECKING:
-    from fxq.trail.journal import Step
+    from fxq.trail.journal import Journal, Step
+
+_PLACEMENT = "placement: "
+_VALUE_WIDTH = 64  # of the 80 columns that the summary has
 
 
 class Meter:
@@ -116,7 +120,8 @@ def step_lines(step: Step, position: int) -> list[Text]:
         row.append(f"{found.get(kind, ''):>6}", style=show_trail.COLOURS[kind])
     numbers = f"{format_db(step.sqnr):>11}{format_db(step.total_sqnr):>10}{step.seconds:>7.2f} s"
     row.append(numbers)
-    below = [Text(f"   {note}", style="dim") for note in step.notes]
+    told = [note for note in step.notes if not note.startswith(_PLACEMENT)]  # in the summary
+    below = [Text(f"   {note}", style="dim") for note in told]
     if step.misses:
         below.append(Text(f"   {len(step.misses)} refused; fxq explain says why", style="dim"))
     return [row, *below]
@@ -129,9 +134,23 @@ def summary(rows: Sequence[tuple[str, str]], folder: str, commands: Sequence[str
     show.lines(["", *(f"  {command}" for command in commands)])
 
 
+def placement_rows(journal: Journal) -> list[tuple[str, str]]:
+    """What the quantize passes noted of which values have how many bits, a group per row."""
+    notes = [note for step in journal for note in step.notes if note.startswith(_PLACEMENT)]
+    parts = [part for note in notes for part in note.removeprefix(_PLACEMENT).split("; ")]
+    lines = [line for part in parts for line in textwrap.wrap(part, _VALUE_WIDTH)]
+    return [("" if position else "placement", line) for position, line in enumerate(lines)]
+
+
 def score(source: str, text: str) -> None:
     """One measured network."""
     show.line(f"{text} on {source}")
+
+
+def simulation_warning(warnings: Sequence[str]) -> None:
+    """Layers of a simulation that compute in float: a loud frame."""
+    for sentence in warnings:
+        show.warning(sentence, "simulation only")
 
 
 def coverage_warning(warnings: Sequence[str], accepted: bool) -> None:

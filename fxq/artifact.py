@@ -52,6 +52,7 @@ class Artifact:
         journal: What each pass did.
         recipe_toml: The recipe it was made with.
         promised_coverage: The share of layers the recipe promised to run on integers.
+        simulation: Whether its recipe lets layers without an integer kernel compute in float.
         metadata: Engine, versions, accuracy and whatever else is worth keeping.
     """
 
@@ -62,6 +63,7 @@ class Artifact:
     journal: Journal | None = None
     recipe_toml: str = ""
     promised_coverage: float = 1.0
+    simulation: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
@@ -75,7 +77,9 @@ class Artifact:
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should be told: coverage below the recipe's promise."""
+        """What the user should be told: coverage below the recipe's promise, or a simulation's."""
+        if self.simulation:
+            return self.ledger.simulated()
         return self.ledger.warnings(self.promised_coverage)
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
@@ -126,6 +130,7 @@ class Artifact:
             "fxq": fxq.__version__,
             "torch": torch.__version__,
             "promised_coverage": self.promised_coverage,
+            "simulation": self.simulation,
         }
 
 
@@ -241,6 +246,7 @@ def _load(folder: Path, engine: str | None) -> Artifact:
         journal=_journal(folder),
         recipe_toml=_text(recipe) if recipe.exists() else "",
         promised_coverage=_share(metadata.get("promised_coverage", 1.0)),
+        simulation=metadata.get("simulation") is True,
         metadata=metadata,
     )
 

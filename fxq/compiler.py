@@ -19,6 +19,7 @@ from fxq.pipeline import Pass, Pipeline
 from fxq.recipe import Recipe
 from fxq.registry import find_backend
 from fxq.trail.journal import Journal, Step
+from fxq.workspace import open_workspace
 
 PROBE_SIZE = 4
 """How many calibration images the probe batch holds at most."""
@@ -64,6 +65,7 @@ def compile(
     check: bool = True,
     on_step: Callable[[Step], None] | None = None,
     progress: Progress | None = None,
+    workspace: str | Path | None = None,
     **backend_options: Any,
 ) -> Result:
     """A model on integer kernels, with the record of how it got there; the model is not touched.
@@ -80,6 +82,8 @@ def compile(
         check: Whether to run the probe batch after every pass.
         on_step: Called after every pass.
         progress: Called as ``progress(label, done, total)`` during long steps.
+        workspace: A folder where long passes keep how far they are; after an interruption or a
+            kill, the same call continues there, and ends with the same bits. It may be deleted.
         backend_options: For ``eager``: ``engine``; for ``onnx``: ``flavor``, ``opset``,
             ``dynamic``.
 
@@ -98,6 +102,7 @@ def compile(
     check_options = getattr(find_backend(backend), "check_options", None)
     if check_options is not None:  # before the passes run
         check_options(**backend_options)
+    unfinished = None if workspace is None else open_workspace(workspace)
     program = capture(
         model,
         on_cpu(as_inputs(example_inputs)),
@@ -106,13 +111,16 @@ def compile(
     )
     program.recipe = chosen.name
     program.overrides = chosen.layers
+    program.simulation = chosen.simulation
     program.progress = progress
+    program.workspace = unfinished
     program.calibration = _calibration(program, calibration, chosen.passes)
     journal = chosen.pipeline(check=check).run(program, on_step)
     program.calibration = None
     artifact = lower(program, backend, journal=journal, **backend_options)
     artifact.recipe_toml = chosen.to_toml()
     artifact.promised_coverage = chosen.coverage
+    artifact.simulation = chosen.simulation
     return Result(program, journal, artifact, chosen, time.perf_counter() - start)
 
 

@@ -39,11 +39,13 @@ class Pass(ABC):
         name: The name recipes use; the file and class are the same name in other casings.
         after: Names of passes that must have run.
         contract: What it promises about the numbers.
+        resumable: Whether it keeps how far it is in the program's workspace, and continues there.
     """
 
     name: ClassVar[str] = ""
     after: ClassVar[tuple[str, ...]] = ()
     contract: ClassVar[Contract] = Contract.CHANGES_NUMBERS
+    resumable: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, program: Program, edit: Editor) -> None:

@@ -18,7 +18,7 @@ from fxq.graph.program import LayerOverride
 from fxq.pipeline import Pass, Pipeline
 from fxq.registry import find_pass
 
-_KEYS = {"name", "summary", "papers", "coverage", "pass", "layer"}
+_KEYS = {"name", "summary", "papers", "coverage", "simulation", "pass", "layer"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Recipe:
         passes: The passes with their options, in order.
         layers: Per-layer overrides, in the order they apply.
         coverage: Share of the convolutions and linears it promises to run on integers.
+        simulation: Whether quantized layers that no integer kernel runs compute in float, with
+            their dequantized integers; else they are an error.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Recipe:
     papers: tuple[str, ...] = ()
     layers: tuple[LayerOverride, ...] = ()
     coverage: float = 1.0
+    simulation: bool = False
     source: str = field(default="", compare=False)
 
     def pipeline(self, *, check: bool = True) -> Pipeline:
@@ -85,6 +88,7 @@ class Recipe:
             passes=passes,
             layers=_layers_from(data.get("layer", {}), passes, where),
             coverage=float(_typed(data, "coverage", (int, float), where, 1.0)),
+            simulation=_typed(data, "simulation", bool, where, False),
             source=where,
         )
 
@@ -93,6 +97,7 @@ class Recipe:
         lines = [f"name = {_toml(self.name)}", f"summary = {_toml(self.summary)}"]
         lines.append(f"papers = {_toml(list(self.papers))}")
         lines.append(f"coverage = {_toml(self.coverage)}")
+        lines += ["simulation = true"] if self.simulation else []
         for one in self.passes:
             lines += ["", "[[pass]]", f"use = {_toml(one.name)}"]
             lines += [f"{name} = {_toml(v)}" for name, v in one.options().items() if v is not None]

@@ -42,6 +42,8 @@ def fold_after_layer(program: Program, edit: Editor, node: fx.Node) -> bool | Mi
     weight = layer.weight.double()
     bias = torch.zeros_like(shift) if layer.bias is None else layer.bias.double()
     _retune(layer, weight * channel_view(layer, scale), scale * bias + shift)
+    mean, deviation = _output_of(norm)
+    edit.write_facts(source, norm_mean=tuple(mean.tolist()), norm_std=tuple(deviation.tolist()))
     edit.remove(node)
     return True
 
@@ -100,10 +102,26 @@ def affine_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """``scale: [channels]``, ``shift: [channels]`` float64: what a batch norm does in eval mode."""
     module: Any = norm
     mean, variance = module.running_mean.double(), module.running_var.double()
-    weight = torch.ones_like(mean) if module.weight is None else module.weight.double()
-    bias = torch.zeros_like(mean) if module.bias is None else module.bias.double()
+    weight, bias = _gamma_and_beta(norm)
     scale = weight / torch.sqrt(variance + module.eps)
     return scale.detach(), (bias - scale * mean).detach()
+
+
+def _gamma_and_beta(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[channels]`` float64, twice; 1 and 0 where a batch norm has none."""
+    module: Any = norm
+    mean = module.running_mean.double()
+    weight = torch.ones_like(mean) if module.weight is None else module.weight.double()
+    bias = torch.zeros_like(mean) if module.bias is None else module.bias.double()
+    return weight.detach(), bias.detach()
+
+
+def _output_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[channels]`` float64, twice: mean and deviation of what a batch norm puts out."""
+    module: Any = norm
+    gamma, beta = _gamma_and_beta(norm)
+    shrunk = (module.running_var / (module.running_var + module.eps)).double().sqrt()
+    return beta, gamma.abs() * shrunk
 
 
 def _batch_norm(program: Program, node: fx.Node) -> tuple[nn.Module, fx.Node] | None:

@@ -1,12 +1,20 @@
 """insert-observers: one observer at every value that will get a scale.
 
-Integers flow from one convolution or linear to the next. A value gets a scale of its own where it
-is computed (convolution, linear, add, average pool) or enters from float; pools, reshapes and
-paddings share it. Branches that are concatenated share one observer, so that the concatenation
-moves bytes and computes nothing; a branch that is also read elsewhere is requantized for it. Where
-channels have scales of their own, branches keep theirs.
+Two placements. In ``integer``, everything a kernel reads has a scale, and integers flow from one
+convolution or linear to the next. A value gets a scale of its own where it is computed
+(convolution, linear, add, average pool) or enters from float; pools, reshapes and paddings share
+it. Branches that are concatenated share one observer, so that the concatenation moves bytes and
+computes nothing; a branch that is also read elsewhere is requantized for it. Where channels have
+scales of their own, branches keep theirs.
+
+``paper`` is what ACIQ's authors quantize: the outputs of convolutions, linears and pools; never the
+network's input, nor residual sums. The first layer's output and those of pools have one scale per
+tensor. What reads a sum then has no integer kernel, so the result is a simulation.
 
 Observers sit *before* a fused ReLU, because ACIQ's statistics are those of the value before it.
+
+Papers: Banner, Nahshan, Soudry, "Post training 4-bit quantization of convolutional networks for
+rapid-deployment", NeurIPS 2019, arXiv:1810.05723, and its code.
 """
 
 from __future__ import annotations
@@ -26,6 +34,7 @@ from fxq.graph.rewrite import Editor
 from fxq.pipeline import Pass
 from fxq.quant.observers import HistogramObserver, Observer, RangeObserver
 
+_POOLS = frozenset({Kind.MAX_POOL, Kind.AVG_POOL, Kind.GLOBAL_AVG_POOL})
 _OWN_SCALE = frozenset({Kind.CONV, Kind.LINEAR, Kind.ADD, Kind.AVG_POOL, Kind.GLOBAL_AVG_POOL})
 
 
@@ -34,6 +43,13 @@ class Statistics(StrEnum):
 
     RANGE = "range"
     HISTOGRAM = "histogram"
+
+
+class Placement(StrEnum):
+    """Which values are quantized."""
+
+    INTEGER = "integer"
+    PAPER = "paper"
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,8 @@ class InsertObservers(Pass):
         per_channel: Whether observers keep statistics per channel of four-dimensional values.
         momentum: For ``range``: weight of the old value in a moving average over batches; 0 keeps
             the extremes of all batches.
+        placement: ``integer``: all that integer kernels read. ``paper``: the outputs of layers and
+            pools alone.
     """
 
     name: ClassVar[str] = "insert-observers"
@@ -53,6 +71,7 @@ class InsertObservers(Pass):
     statistics: Statistics = Statistics.RANGE
     per_channel: bool = False
     momentum: float = 0.0
+    placement: Placement = Placement.INTEGER
 
     def apply(self, program: Program, edit: Editor) -> None:
         """The observers are in place, and what stays in float says why."""
@@ -60,6 +79,23 @@ class InsertObservers(Pass):
         for node, why in regions.reasons.items():
             edit.write_facts(node, skip=why)
             edit.miss(node, f"stays in float: {why}")
+        if self.placement is Placement.PAPER:
+            self._observe_outputs(edit, regions)
+        else:
+            self._observe_integers(edit, regions)
+
+    def _observe_outputs(self, edit: Editor, regions: Regions) -> None:
+        """The outputs of layers and pools are watched, with bits of their own."""
+        first, _ = regions.first_and_last()
+        for node in edit.visit():
+            is_pool = regions.kind(node) in _POOLS and regions.is_integer(node)
+            if is_pool or regions.is_anchor(node):
+                channels = None if is_pool or node in first else self._channels(node)
+                inserted = self._observe(edit, node, self._watching(channels))
+                edit.write_facts(inserted, bits_of=node.name)
+
+    def _observe_integers(self, edit: Editor, regions: Regions) -> None:
+        """All that integer kernels read is watched."""
         shared = _SharedScales(regions, self._channels)
         for node in edit.visit():
             if regions.is_integer(node) and regions.kind(node) in _OWN_SCALE:
@@ -86,12 +122,13 @@ class InsertObservers(Pass):
         observer: Observer,
         where: Callable[[fx.Node], bool] | None = None,
         point: fx.Node | None = None,
-    ) -> None:
+    ) -> fx.Node:
         point = point or node
         inserted = edit.insert_module(f"{node.name}_observer", observer, after=point)
         edit.write_facts(inserted, observes=node.name)
         edit.reroute(point, inserted, where)
         edit.hit(node)
+        return inserted
 
     def _channels(self, node: fx.Node) -> int | None:
         """How many channels of a value have statistics of their own; None where none have."""
@@ -99,7 +136,9 @@ class InsertObservers(Pass):
         return shape[1] if self.per_channel and len(shape) == 4 else None
 
     def _observer(self, node: fx.Node) -> Observer:
-        channels = self._channels(node)
+        return self._watching(self._channels(node))
+
+    def _watching(self, channels: int | None) -> Observer:
         histogram = self.statistics is Statistics.HISTOGRAM
         observer: Observer = (
             HistogramObserver(channels)

@@ -11,7 +11,6 @@ The scales of residual sums are settled last (`fxq.passes.settling`): moved by a
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -24,54 +23,18 @@ from fxq.graph.ops import ANCHORS, PASS_THROUGH, Kind
 from fxq.graph.program import Program, facts, layer_path
 from fxq.graph.regions import Regions
 from fxq.graph.rewrite import Editor
-from fxq.numerics.affine import grid_from_range, short_scale
-from fxq.numerics.saturation import largest_pair_sum, pair_limit
+from fxq.numerics.affine import channel_grids, grid_from_range
+from fxq.numerics.allocation import Allocation
+from fxq.numerics.histogram import Histogram
+from fxq.numerics.levels import LevelSet
 from fxq.pipeline import Pass
-from fxq.quant.observers import Observer
+from fxq.quant.observers import HistogramObserver, Observer
 from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer, from_rows, rows
 
+from .placement import describe_placement
+from .places import Place, observed_places
 from .settling import settle_sums
-
-
-@dataclass(frozen=True)
-class Place:
-    """A value to be quantized.
-
-    Attributes:
-        observer: Node of the observer that watched it.
-        carrier: The node whose value was watched.
-        bits: Bits of its codes.
-        relu: Whether a fused ReLU follows the watched value.
-        upper: The bound of that ReLU, where it has one.
-        edge: Whether it is the input of the first layer or of the last.
-        addend: Whether no layer multiplies it: only adds and pools read it.
-        floor: A bound below which values make no difference: a sum that ends in a ReLU is zero
-            wherever one addend is below minus the largest value of the other.
-    """
-
-    observer: fx.Node
-    carrier: fx.Node
-    bits: int
-    relu: bool
-    upper: float | None
-    edge: bool
-    addend: bool
-    floor: float = -math.inf
-
-
-@dataclass(frozen=True)
-class WeightCodes:
-    """The integer weights of a layer.
-
-    Attributes:
-        codes: ``[out, in/groups * k]`` integers, at most 127 in magnitude.
-        scale: ``[out]``; a weight is ``codes * scale``.
-        bits: ``[out]``; bits per weight.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    bits: torch.Tensor
+from .weights import BiasCorrection, WeightCodes, WeightRange, WeightScheme, unsaturated
 
 
 @dataclass(frozen=True)
@@ -83,6 +46,15 @@ class Quantization(Pass):
         activation_bits: Bits of the values that layers multiply, 1 to 8.
         first_last_bits: Bits of both in the first layer and the last; 0 makes no exception.
         addend_bits: Bits of values that only adds and pools read.
+        weight_range: ``absmax`` covers all weights of a channel; ``mse`` has the least error.
+        per_channel_weights: Whether each output channel has a range of its own.
+        bias_correction: What of each channel's weights is restored after rounding: nothing, the
+            mean, or mean and variance. See `fxq.passes.weights` for how exactly.
+        allocation: How bits are spread over the channels of a layer of fewer than 8 bits: evenly,
+            within a quota of bins (the ACIQ paper), or to a mean number of bits (its code).
+        level_set: ``uniform``, sums of powers of two (``apot``), powers of two (``pot``), or for
+            each layer the one of the smallest error (``auto``). Layers of 8 bits are uniform, and
+            those where a set has levels beyond int8: more than 6 bits with apot, than 4 with pot.
     """
 
     after: ClassVar[tuple[str, ...]] = ("insert-observers", "calibrate")
@@ -91,14 +63,34 @@ class Quantization(Pass):
     activation_bits: int = 8
     first_last_bits: int = 8
     addend_bits: int = 8
+    weight_range: WeightRange = WeightRange.ABSMAX
+    per_channel_weights: bool = True
+    bias_correction: BiasCorrection = BiasCorrection.NONE
+    allocation: Allocation = Allocation.NONE
+    level_set: LevelSet = LevelSet.UNIFORM
 
     @abstractmethod
     def activation_range(self, observer: Observer, place: Place) -> tuple[Any, Any]:
         """The ends of the range to quantize, from what the observer saw."""
 
-    @abstractmethod
+    def needs_data(self, place: Place) -> bool:
+        """Whether a value's range is taken from what its observer saw."""
+        return True
+
+    def channel_bits(self, observer: Observer, place: Place) -> torch.Tensor | None:
+        """``[channels]``: the bits of every channel of a value; None where all have the same."""
+        return None
+
     def weight_codes(self, weight: torch.Tensor, bits: int) -> WeightCodes:
-        """Integer codes for ``weight: [out, in/groups * k]``."""
+        """Integer codes for ``weight: [out, in/groups * k]`` float64, as the options say."""
+        scheme = WeightScheme(
+            self.weight_range,
+            self.per_channel_weights,
+            self.bias_correction,
+            self.allocation,
+            self.level_set,
+        )
+        return scheme.codes(weight, bits)
 
     def symmetric_activations(self) -> bool:
         """Whether the zero point of signed values is in the middle of the codes."""
@@ -108,17 +100,21 @@ class Quantization(Pass):
         """Quantizers are in place and layers hold integers."""
         self.check_options()
         regions = Regions(program)
-        edges: set[fx.Node] = set().union(*regions.first_and_last())
-        places = self._places(program, regions, edges)
+        first, last = regions.first_and_last()
+        edges = first | last
+        places = observed_places(
+            program, regions, edges, lambda layers: self._bits_for(program, layers, edges)
+        )
         self._quantize_layers(program, edit, regions, edges)
-        self._quantize_values(program, edit, places)
+        self._quantize_values(program, edit, regions, places)
         settle_sums(program, edit)
+        edit.note(f"placement: {describe_placement(program, first, last)}")
 
     def check_options(self, where: str = "") -> None:
-        """Every number of bits is one there are containers for.
+        """Every number of bits is one there are containers for, and the options go together.
 
         Raises:
-            SpecError: One is not; the error names the option and, for an override, the layer.
+            SpecError: They do not; the error names the option and, for an override, the layer.
         """
         lowest = {"weight_bits": 2, "activation_bits": 1, "addend_bits": 1, "first_last_bits": 0}
         for name, low in lowest.items():
@@ -127,6 +123,12 @@ class Quantization(Pass):
                 raise SpecError(
                     f"{name} must be {low} to 8, not {bits!r}", where=where or self.name
                 )
+        if self.allocation is not Allocation.NONE and not self.per_channel_weights:
+            raise SpecError(
+                "channels cannot have bits of their own without ranges of their own",
+                where=where or self.name,
+                hint="set per_channel_weights = true, or allocation = none",
+            )
 
     def for_layer(self, program: Program, node: fx.Node, edges: set[fx.Node]) -> Self:
         """This pass with the options that hold for one layer.
@@ -147,82 +149,70 @@ class Quantization(Pass):
 
     # ---- values ------------------------------------------------------------------------------
 
-    def _places(self, program: Program, regions: Regions, edges: set[fx.Node]) -> list[list[Place]]:
-        """The observed values, those that share an observer together."""
-        groups: dict[str, list[Place]] = {}
-        for node in regions.ops:
-            if regions.kind(node) is not Kind.OBSERVER or facts(node).observes is None:
-                continue
-            carrier = program.node(str(facts(node).observes))
-            relu = facts(carrier).fused_relu
-            upper = facts(program.node(relu)).upper if relu else facts(carrier).upper
-            readers = self._layers_reading(regions, node)
-            place = Place(
-                observer=node,
-                carrier=carrier,
-                bits=self._bits_for(program, readers, edges),
-                relu=relu is not None or facts(carrier).nonneg,
-                upper=upper,
-                edge=bool(readers) and all(reader in edges for reader in readers),
-                addend=not readers,
-                floor=self._floor(program, regions, node),
-            )
-            groups.setdefault(str(node.target), []).append(place)
-        return [self._agree(group) for group in groups.values()]
-
-    def _layers_reading(self, regions: Regions, node: fx.Node) -> list[fx.Node]:
-        """The layers that multiply a value, also through concatenations that share its scale."""
-        found: list[fx.Node] = []
-        for user in regions.consumers(node):
-            if regions.is_anchor(user):
-                found.append(user)
-            elif regions.kind(user) is Kind.CAT:
-                found += self._layers_reading(regions, user)
-        return found
-
-    def _floor(self, program: Program, regions: Regions, node: fx.Node) -> float:
-        """Minus the largest value that is ever added to this one before a ReLU."""
-        users = list(node.users)
-        if len(users) != 1 or regions.kind(users[0]) is not Kind.ADD:
-            return -math.inf
-        if facts(users[0]).fused_relu is None:
-            return -math.inf
-        others = [other for other in regions.ops[users[0]].inputs if other is not node]
-        watched = _observer_behind(regions, others[0]) if others else None
-        observer = program.submodule(watched) if watched is not None else None
-        if not isinstance(observer, Observer) or observer.is_empty:
-            return -math.inf
-        return -float(observer.range()[1].max())
-
-    def _bits_for(self, program: Program, readers: list[fx.Node], edges: set[fx.Node]) -> int:
-        wanted = [self.for_layer(program, node, edges).activation_bits for node in readers]
+    def _bits_for(self, program: Program, layers: list[fx.Node], edges: set[fx.Node]) -> int:
+        wanted = [self.for_layer(program, node, edges).activation_bits for node in layers]
         return min(wanted, default=max(self.addend_bits, self.activation_bits))
 
-    def _agree(self, group: list[Place]) -> list[Place]:
-        """Values that share a scale share bits; they have a ReLU's range only if all do."""
-        bits = min(place.bits for place in group)
-        relu = all(place.relu for place in group)
-        uppers = [place.upper for place in group]
-        upper = None if None in uppers else max(u for u in uppers if u is not None)
-        floor = min(place.floor for place in group)
-        return [replace(place, bits=bits, relu=relu, upper=upper, floor=floor) for place in group]
-
-    def _quantize_values(self, program: Program, edit: Editor, places: list[list[Place]]) -> None:
+    def _quantize_values(
+        self, program: Program, edit: Editor, regions: Regions, places: list[list[Place]]
+    ) -> None:
         for group in places:
             edit.current = group[0].observer
             observer = program.submodule(group[0].observer)
             assert isinstance(observer, Observer)
-            if observer.is_empty:
-                raise CalibrationError(
-                    f"the observer of %{group[0].carrier.name} has seen no data",
-                    hint="calibration must run the whole network",
-                )
-            quantizer = self._quantizer(observer, group[0])
+            quantizer = self.quantizer(observer, group[0])
+            is_static = isinstance(quantizer, ActivationQuantizer)
+            if is_static and len(group) == 1 and self._feeds_adds(regions, group[0]):
+                self._split(program, edit, observer, group[0], quantizer)
+                continue
             for place in group:
                 edit.current = place.observer
                 self._replace_observer(program, edit, place, quantizer)
 
-    def _quantizer(self, observer: Observer, place: Place) -> ActivationQuantizer:
+    def _feeds_adds(self, regions: Regions, place: Place) -> bool:
+        """Whether a value of few bits is also read by what keeps ``addend_bits``."""
+        if facts(place.observer).bits_of is not None:  # they are the value's own
+            return False
+        readers = {regions.kind(node) for node in regions.consumers(place.observer)}
+        is_layer_input = bool(readers & ANCHORS) and Kind.CAT not in readers
+        return place.bits < self.addend_bits and is_layer_input and bool(readers - ANCHORS)
+
+    def _split(
+        self,
+        program: Program,
+        edit: Editor,
+        observer: Observer,
+        place: Place,
+        quantizer: nn.Module,
+    ) -> None:
+        """Adds and pools read a value at ``addend_bits``; layers read it requantized."""
+        wide = replace(place, bits=self.addend_bits, addend=True)
+        kept = self._replace_observer(program, edit, wide, self.quantizer(observer, wide))
+        self._narrow(edit, Regions(program), kept, quantizer)
+
+    def _narrow(self, edit: Editor, regions: Regions, point: fx.Node, quantizer: nn.Module) -> None:
+        """The layers that read a value, or what pools and paddings make of it, read it narrower."""
+        users = list(point.users)
+        layers = {user for user in users if _only_layers_read(regions, user)}
+        if layers:
+            narrow = edit.insert_module(f"{point.name}_low", quantizer, after=point)
+            edit.reroute(point, narrow, lambda user: user in layers)
+            edit.hit(narrow)
+        for user in users:
+            if user not in layers and regions.kind(user) in PASS_THROUGH:
+                self._narrow(edit, regions, user, quantizer)
+
+    def quantizer(self, observer: Observer, place: Place) -> nn.Module:
+        """What rounds a value.
+
+        Raises:
+            CalibrationError: Its observer has seen no data.
+        """
+        if observer.is_empty and self.needs_data(place):
+            raise CalibrationError(
+                f"the observer of %{place.carrier.name} has seen no data",
+                hint="run calibrate before; it must run the whole network",
+            )
         low, high = self.activation_range(observer, place)
         low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (low, high))
         if place.relu:
@@ -230,6 +220,9 @@ class Quantization(Pass):
         low = torch.minimum(low.clamp(min=place.floor), high)
         if place.upper is not None:
             high = high.clamp(max=place.upper)
+        bits = self.channel_bits(observer, place)
+        if bits is not None:
+            return ActivationQuantizer(*channel_grids(low, high, bits), bits)
         if self.symmetric_activations() and not place.relu:
             scale, zero_point = _centred(low, high, place.bits)
         else:
@@ -237,10 +230,17 @@ class Quantization(Pass):
         return ActivationQuantizer(scale, zero_point, place.bits)
 
     def _replace_observer(
-        self, program: Program, edit: Editor, place: Place, quantizer: ActivationQuantizer
-    ) -> None:
-        """The observer is gone; the quantizer stands behind the fused ReLU, where there is one."""
+        self, program: Program, edit: Editor, place: Place, quantizer: nn.Module
+    ) -> fx.Node:
+        """The observer is gone; the quantizer stands behind the fused ReLU, where there is one.
+
+        One that finds its range at run time needs what comes before the ReLU, and takes its place.
+        """
         relu = facts(place.carrier).fused_relu
+        if relu is not None and not isinstance(quantizer, ActivationQuantizer):
+            edit.write_facts(place.carrier, fused_relu=None)
+            edit.write_facts(program.node(relu), fused_into=None)
+            relu = None
         source = place.observer.all_input_nodes[0]
         readers = set(place.observer.users)
         edit.reroute(place.observer, source)
@@ -252,6 +252,7 @@ class Quantization(Pass):
         inserted = edit.insert_module(f"{point.name}_quantizer", quantizer, after=point)
         edit.reroute(point, inserted, lambda user: user in readers)
         edit.hit(inserted)
+        return inserted
 
     # ---- layers ------------------------------------------------------------------------------
 
@@ -276,43 +277,41 @@ class Quantization(Pass):
         weight = rows(layer, layer.weight.detach()).double()
         found = options.weight_codes(weight, options.weight_bits)
         if is_depthwise(layer):
-            found = _unsaturated(weight, found)
+            found = unsaturated(weight, found)
         codes = from_rows(layer, found.codes.to(torch.int8), layer.weight.shape)
         edit.replace_module(node, QuantizedLayer(layer, codes, found.scale, found.bits))
-        edit.write_facts(node, note=f"w{_span(found.bits)}")
+        kind = "" if options.level_set is LevelSet.UNIFORM else f" {found.level_set}"
+        edit.write_facts(node, note=f"w{_span(found.bits)}{kind}")
 
 
-def _observer_behind(regions: Regions, node: fx.Node) -> fx.Node | None:
-    """The observer whose value a node passes on, if any."""
-    while regions.kind(node) in PASS_THROUGH:
-        node = regions.ops[node].inputs[0]
-    return node if regions.kind(node) is Kind.OBSERVER else None
+def histogram_of(observer: Observer, what: str) -> Histogram:
+    """The distribution an observer saw.
+
+    Raises:
+        SpecError: It remembers only the range; the error says for what it is needed.
+    """
+    if not isinstance(observer, HistogramObserver):
+        raise SpecError(
+            f"{what} needs the distribution of the activations, not only their range",
+            hint='set statistics = "histogram" on insert-observers',
+        )
+    return observer.histogram
+
+
+def _only_layers_read(regions: Regions, node: fx.Node) -> bool:
+    """Whether a reader of a value is a layer, or passes it on to layers alone."""
+    if regions.is_anchor(node):
+        return True
+    if regions.kind(node) not in PASS_THROUGH:
+        return False
+    readers = list(regions.consumers(node))
+    return bool(readers) and all(regions.is_anchor(reader) for reader in readers)
 
 
 def is_depthwise(layer: nn.Module) -> bool:
     """Whether each output channel of a convolution reads one input channel."""
     groups = int(getattr(layer, "groups", 1))
     return groups > 1 and groups == int(getattr(layer, "in_channels", 0))
-
-
-def nearest_codes(weight: torch.Tensor, scale: torch.Tensor, top: int) -> torch.Tensor:
-    """``[out, ...]`` int32: the codes nearest to ``weight: [out, ...]``, clamped to ``±top``."""
-    return torch.round(weight / scale.unsqueeze(1)).clamp(-top, top).to(torch.int32)
-
-
-def _unsaturated(weight: torch.Tensor, found: WeightCodes) -> WeightCodes:
-    """Codes a depthwise kernel computes exactly: channels that could saturate get a wider scale.
-
-    A channel of fewer than 8 bits keeps its levels, rounded to the wider scale: it gets no more.
-    """
-    limit = pair_limit(255)
-    codes, scale = found.codes, found.scale.double()
-    levels = codes * scale.unsqueeze(1)
-    values = torch.where((found.bits < 8).unsqueeze(1), levels, weight)
-    while bool((over := (worst := largest_pair_sum(codes)) > limit).any()):
-        scale = torch.where(over, short_scale(scale * worst / (limit - 0.5)), scale)
-        codes = torch.where(over.unsqueeze(1), nearest_codes(values, scale, 127), codes)
-    return WeightCodes(codes, scale, found.bits)
 
 
 def _centred(low: Any, high: Any, bits: int) -> tuple[Any, Any]:

@@ -149,9 +149,13 @@ def fake_quantize(emit: Emitter, step: Instruction) -> None:
     if source is not None and source.op in ISLANDS:
         value = apart(emit, value, f"{name}.input")
     top, output = 2 ** step.attributes["bits"] - 1, f"{name}.codes"
-    rounded = output if top == 255 else f"{output}.unclipped"
+    is_whole = top == 255 and "top" not in step.tensors
+    rounded = output if is_whole else f"{output}.unclipped"
     codes = graph.node("QuantizeLinear", [value, *parameters], rounded, axis=1)
-    if rounded != output:
+    if "top" in step.tensors:
+        tops = emit.program.tensor(step, "top").reshape(-1, *[1] * (len(emit.shape(name)) - 2))
+        codes = graph.node("Min", [codes, graph.constant(f"{name}.top", tops.numpy())], output)
+    elif not is_whole:
         codes = emit.clip(output, codes, None, top)
     guarded = is_single or any(reader.op in ISLANDS for reader in emit.readers[name])
     output = f"{name}.value" if guarded else name

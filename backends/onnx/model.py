@@ -85,6 +85,7 @@ def onnx_model(
         LoweringError: Something has no ONNX form; all of it is listed.
     """
     check_opset(opset)
+    _check_ranges(program)
     values = register_values(program, dynamic=dynamic)
     emit = Emitter(program, values, flavor, opset)
     obstacles = [*_emitted(emit), *_joined(emit, dynamic), *_unstated(emit)]
@@ -95,6 +96,22 @@ def onnx_model(
             hint="keep what cannot be exported outside the model",
         )
     return _model(emit, _own_metadata(emit))
+
+
+def _check_ranges(program: IntegerProgram) -> None:
+    """Every range is known.
+
+    Raises:
+        LoweringError: Some are found at run time.
+    """
+    why = "finds its range in each batch, for which ONNX has no operators"
+    found = [Obstacle(step.name, why) for step in program if step.op == "dynamic_quantize"]
+    if found:
+        raise LoweringError(
+            f"the onnx backend cannot express {len(found)} nodes",
+            found,
+            hint="set dynamic = false on quantize-aciq, or compile for the eager backend",
+        )
 
 
 def _emitted(emit: Emitter) -> Iterator[Obstacle]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ class Facts:
         fused_relu: On a convolution, linear or add: name of the ReLU that runs inside its kernel.
         fused_into: On that ReLU: name of the node whose kernel runs it.
         observes: On an observer: name of the node whose value it watches.
+        bits_of: On an observer: name of the node whose bits the value has, where those are its own
+            and not those of the layers that read it.
+        norm_mean: Mean of each output channel, as a batch norm left it that was folded in.
+        norm_std: Deviation of each output channel, likewise.
         skip: Why the node stays in float, where a policy decided so.
         note: Free text that a pass wants shown beside the node.
     """
@@ -43,6 +48,9 @@ class Facts:
     fused_relu: str | None = None
     fused_into: str | None = None
     observes: str | None = None
+    bits_of: str | None = None
+    norm_mean: tuple[float, ...] | None = None
+    norm_std: tuple[float, ...] | None = None
     skip: str | None = None
     note: str = ""
 
@@ -88,7 +96,9 @@ class Program:
         overrides: Per-layer options, in the order they apply (a later one wins).
         passes_run: Names of the passes that have run.
         recipe: Name of the recipe, for messages.
+        simulation: Whether quantized layers without an integer kernel may compute in float.
         progress: Where long work reports how far it is.
+        workspace: The folder where long passes keep how far they are (`fxq.workspace`); or None.
     """
 
     module: fx.GraphModule
@@ -99,7 +109,9 @@ class Program:
     overrides: tuple[LayerOverride, ...] = ()
     passes_run: list[str] = field(default_factory=list)
     recipe: str = ""
+    simulation: bool = False
     progress: Progress | None = None
+    workspace: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.probe:

@@ -33,7 +33,7 @@ def facts_name_nodes(program: Program) -> Iterator[tuple[fx.Node | None, str]]:
     names = {node.name for node in program.nodes()}
     for node in program.nodes():
         known = facts(node)
-        for role in ("fused_relu", "fused_into", "observes"):
+        for role in ("fused_relu", "fused_into", "observes", "bits_of"):
             target = getattr(known, role)
             if target is not None and target not in names:
                 yield node, f"{role} names %{target}, which is not in the graph"

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fxq.errors import ArtifactError
+from fxq.errors import ArtifactError, SpecError
 from fxq.graph.call_ops import RESHAPES
+from fxq.integer.float_layers import dynamic_quantizer
 
 if TYPE_CHECKING:
     from fxq.integer.program import Grid, Instruction, IntegerProgram
@@ -21,8 +22,9 @@ RESHAPE_CALLS = frozenset({*RESHAPES, "getitem", "pixel_shuffle", "pixel_unshuff
 """What a reshape instruction may call."""
 
 _LAYERS = frozenset(["conv", "linear"])
-_FLOAT_RESULT = frozenset(["dequantize", "fake_quantize", "float", "module", "constant"])
-_FLOAT_INPUT = frozenset(["quantize", "fake_quantize", "float", "module", "constant"])
+_ROUNDS_FLOATS = frozenset(["fake_quantize", "dynamic_quantize"])
+_FLOAT_RESULT = frozenset([*_ROUNDS_FLOATS, "dequantize", "float", "module", "constant"])
+_FLOAT_INPUT = frozenset(["quantize", "float", "module", "constant"])
 _KEEPS_GRID = frozenset(["cat", "max_pool", "relu", "pad", "reshape"])
 _INPUTS = {"add": 2, "constant": 0}
 _ANY_INPUTS = frozenset(["cat", "float", "module"])
@@ -68,7 +70,7 @@ def _check_grids(step: Instruction, sources: list[Grid | None]) -> None:
 
 
 def _reads_what_it_may(step: Instruction, sources: list[Grid | None]) -> bool:
-    if step.op == "fake_quantize":
+    if step.op in _ROUNDS_FLOATS:
         return sources == [None]
     if step.op in _FLOAT_INPUT or (step.op in _LAYERS and sources == [None]):
         return True
@@ -130,6 +132,24 @@ def _fake_quantize(program: IntegerProgram, step: Instruction) -> None:
         raise ValueError(f"it has {bits!r} bits along dimension {axis!r}")
     if int(zero_point.max()) >= 2**bits:
         raise ValueError("a zero point is none of its codes")
+    if "top" in step.tensors:
+        _check_tops(program.tensor(step, "top"), zero_point, bits)
+
+
+def _check_tops(top: torch.Tensor, zero_point: torch.Tensor, bits: int) -> None:
+    if top.dtype != torch.uint8 or top.shape != zero_point.shape:
+        raise ValueError(f"its largest codes are {top.dtype} {list(top.shape)}")
+    if int(top.max()) >= 2**bits or bool((zero_point > top.clamp(min=1)).any()):
+        raise ValueError("the largest code of a channel is impossible")
+
+
+def _dynamic_quantize(program: IntegerProgram, step: Instruction) -> None:
+    try:
+        dynamic_quantizer(step)
+    except SpecError as error:
+        raise ValueError(error.what) from error
+    for name in ("per_channel", "fused_relu", "mean_aware"):
+        _flag(step, name)
 
 
 def _conv(program: IntegerProgram, step: Instruction) -> None:
@@ -205,6 +225,7 @@ def _integers(step: Instruction, name: str, count: int, low: int) -> None:
 
 _CHECKS: dict[str, Callable[[IntegerProgram, Instruction], None]] = {
     "fake_quantize": _fake_quantize,
+    "dynamic_quantize": _dynamic_quantize,
     "conv": _conv,
     "linear": _linear,
     "add": lambda program, step: _flag(step, "relu"),

@@ -31,6 +31,7 @@ _KINDS = {
     "requantize": Kind.QUANTIZE,
     "dequantize": Kind.QUANTIZE,
     "fake_quantize": Kind.QUANTIZE,
+    "dynamic_quantize": Kind.FLOAT,
     "float": Kind.FLOAT,
     "module": Kind.FLOAT,
     "constant": Kind.FLOAT,

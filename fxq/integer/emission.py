@@ -24,12 +24,13 @@ class Value:
     Attributes:
         register: The register.
         grid: The grid of its codes; None for a float.
-        per_channel: Whether it is a float that a quantizer rounded per channel, or moved from one.
+        rounded: Of a float that a quantizer rounded, or that was moved from such: why it has no
+            codes that an integer kernel could read.
     """
 
     register: str
     grid: Grid | None = None
-    per_channel: bool = False
+    rounded: str = ""
 
 
 @dataclass

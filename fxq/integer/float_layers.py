@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from fxq.integer.program import Instruction, IntegerProgram
 from fxq.numerics.affine import fake_quantize
+from fxq.quant.dynamic import DynamicAciqQuantizer
 
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 """By number of dimensions of the weight."""
@@ -23,8 +24,18 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 def fake_quantizer(program: IntegerProgram, step: Instruction) -> Function:
     """What a ``fake_quantize`` instruction computes of ``x: [n, channels, ...]``."""
     scale, zero_point = program.tensor(step, "scale"), program.tensor(step, "zero_point")
-    top, axis = 2 ** step.attributes["bits"] - 1, step.attributes["axis"]
+    top = program.tensor(step, "top") if "top" in step.tensors else 2 ** step.attributes["bits"] - 1
+    axis = step.attributes["axis"]
     return lambda x: fake_quantize(x, scale, zero_point, 0, top, axis=axis)
+
+
+def dynamic_quantizer(step: Instruction) -> Function:
+    """What a ``dynamic_quantize`` instruction computes of a batch.
+
+    Raises:
+        SpecError: Its attributes are no options of a `DynamicAciqQuantizer`.
+    """
+    return DynamicAciqQuantizer(**step.attributes)
 
 
 def dequantized_weight(program: IntegerProgram, step: Instruction) -> torch.Tensor:

@@ -72,6 +72,23 @@ class Ledger:
         ]
         return lines + [f"{entry.path or entry.node} stays in float: {entry.why}" for entry in left]
 
+    def simulated(self) -> list[str]:
+        """What to tell the user of a simulation: how many layers compute in float, and why.
+
+        Example:
+            >>> Ledger((LedgerEntry("c", "c", "Conv2d", "float", "so", layer=True),)).simulated()
+            ['1 of 1 layers compute in float (1: so); accuracy means something, speed does not']
+        """
+        layers = [entry for entry in self.entries if entry.layer]
+        reasons = Counter(entry.why for entry in layers if entry.where == "float")
+        if not reasons:
+            return []
+        told = "; ".join(f"{count}: {why}" for why, count in reasons.most_common())
+        return [
+            f"{reasons.total()} of {len(layers)} layers compute in float ({told}); "
+            "accuracy means something, speed does not"
+        ]
+
     def to_json(self) -> list[dict[str, Any]]:
         """The ledger as JSON-ready data."""
         return [asdict(entry) for entry in self.entries]

@@ -3,7 +3,8 @@
 The graph is walked once. A layer whose input is quantized and whose output goes into a quantizer,
 with or without a ReLU between, becomes one integer instruction; what follows it on the same scale
 moves codes; everything else becomes a float instruction between a dequantize and a quantize. A
-layer whose input or output is quantized per channel computes with dequantized integers in float.
+layer whose input or output is quantized, but to no codes that kernels read, computes with
+dequantized integers in float; in a simulation, so does every quantized layer without a kernel.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fxq.integer.layers import (
 )
 from fxq.integer.ledger import Ledger, removed_by_passes
 from fxq.integer.program import Grid, IntegerProgram, examples_of
+from fxq.quant.dynamic import DynamicAciqQuantizer
 from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer
 from fxq.trail.journal import Journal
 
@@ -75,11 +77,16 @@ class Lowering(Emission):
     # ---- values ------------------------------------------------------------------------------
 
     def _quantizer(self, node: fx.Node, op: Op) -> None:
-        value = self.values[op.inputs[0]]
-        if isinstance(op.module, ActivationQuantizer) and op.module.per_channel:
-            self._fake_quantizer(node, op.module, self.as_float(op.inputs[0]))
+        value, module = self.values[op.inputs[0]], op.module
+        if isinstance(module, DynamicAciqQuantizer):
+            register = self.as_float(op.inputs[0])
+            self.emit(node, "dynamic_quantize", (register,), dict(module.options()))
+            self.values[node] = Value(node.name, rounded=_READS_DYNAMIC)
             return
-        grid = _grid(op.module)
+        if isinstance(module, ActivationQuantizer) and module.per_channel:
+            self._fake_quantizer(node, module, self.as_float(op.inputs[0]))
+            return
+        grid = _grid(module)
         if value.grid == grid:
             self.values[node] = value
         elif value.grid is not None:
@@ -90,17 +97,19 @@ class Lowering(Emission):
     def _fake_quantizer(self, node: fx.Node, module: ActivationQuantizer, register: str) -> None:
         """One scale per channel: the value stays a float, of which layers in float compute."""
         tensors = {"scale": module.scale.clone(), "zero_point": module.zero_point.to(torch.uint8)}
+        if isinstance(module.top, torch.Tensor):
+            tensors["top"] = module.top.to(torch.uint8)
         attributes = {"bits": module.bits, "axis": 1}
         names = self.store(node.name, tensors)
         self.emit(node, "fake_quantize", (register,), attributes, names)
-        self.values[node] = Value(node.name, per_channel=True)
+        self.values[node] = Value(node.name, rounded=_READS_CHANNELS)
 
     def _layer(self, node: fx.Node, op: Op) -> None:
         source = self.values[op.inputs[0]]
         target = self._quantizer_after(node)
         grid = None if target is None else _grid(self.program.submodule(target))
         why = self._why_no_integers(node, op, grid)
-        if isinstance(op.module, QuantizedLayer) and why in (_READS_CHANNELS, _WRITES_CHANNELS):
+        if isinstance(op.module, QuantizedLayer) and self._uses_dequantized(op.module, why):
             register = self.as_float(op.inputs[0])
             tensors = dequantized_layer(op.module)
             self._with_geometry(node, op.module, Value(register), tensors, None, None, why)
@@ -110,21 +119,29 @@ class Lowering(Emission):
         else:
             self.emit_float(node, op, facts(node).skip or why)
 
+    def _uses_dequantized(self, module: QuantizedLayer, why: str) -> bool:
+        """Whether a layer without a kernel computes with its dequantized integers in float."""
+        simulated = self.program.simulation and bool(why) and is_supported(module)
+        return simulated or why in _SIMULATED
+
     def _why_no_integers(self, node: fx.Node, op: Op, grid: Grid | None) -> str:
         """What keeps a layer from integer kernels; empty where nothing does."""
         source = self.values[op.inputs[0]]
-        if source.grid is None and not source.per_channel:
+        if source.grid is None and not source.rounded:
             return "its input is not quantized"
         if not isinstance(op.module, QuantizedLayer) or not is_supported(op.module):
             return "it was not quantized"
-        if source.per_channel:
-            return _READS_CHANNELS
+        if source.rounded:
+            return source.rounded
         if could_overflow(op.module):
             return "its sums could leave 32 bits"
         if grid is not None or op.kind is not Kind.CONV:
             return ""
         quantizer = self._only_quantizer(node)
-        return "its output has no scale" if quantizer is None else _WRITES_CHANNELS
+        if quantizer is None:
+            return "its output has no scale"
+        is_static = isinstance(self.program.submodule(quantizer), ActivationQuantizer)
+        return _WRITES_CHANNELS if is_static else _WRITES_DYNAMIC
 
     def _with_geometry(
         self,
@@ -221,7 +238,7 @@ class Lowering(Emission):
         grid = values[0].grid
         if grid is None or any(value.grid != grid for value in values):
             self.emit_float(node, op, "its branches do not share a scale")
-            self._keep_per_channel(node, values)
+            self._keep_rounded(node, values)
             return
         registers = tuple(value.register for value in values)
         self.emit(node, "cat", registers, {"dim": op.attributes["dim"]}, grid=grid)
@@ -231,7 +248,7 @@ class Lowering(Emission):
         value = self.values[op.inputs[0]]
         if value.grid is None:
             self.emit_float(node, op, "it lies between float operators")
-            self._keep_per_channel(node, [value])
+            self._keep_rounded(node, [value])
             return
         attributes = dict(op.attributes)
         if op.kind is Kind.RESHAPE:
@@ -242,10 +259,11 @@ class Lowering(Emission):
             attributes = {"top": value.grid.top if upper is None else value.grid.code_of(upper)}
         self.emit(node, str(op.kind.value), (value.register,), attributes, grid=value.grid)
 
-    def _keep_per_channel(self, node: fx.Node, sources: list[Value]) -> None:
-        """What was moved in float is quantized per channel where all it was moved from is."""
-        per_channel = all(value.per_channel for value in sources)
-        self.values[node] = replace(self.values[node], per_channel=per_channel)
+    def _keep_rounded(self, node: fx.Node, sources: list[Value]) -> None:
+        """What was moved in float is rounded where all it was moved from is."""
+        if all(value.rounded or value.grid is not None for value in sources):
+            why = next((value.rounded for value in sources if value.rounded), _READS_CHANNELS)
+            self.values[node] = replace(self.values[node], rounded=why)
 
     def _identity(self, node: fx.Node, op: Op) -> None:
         self.values[node] = self.values[op.inputs[0]]
@@ -277,19 +295,23 @@ class Lowering(Emission):
         """The quantizer with one scale that alone reads a node, or its fused ReLU."""
         user = self._only_quantizer(node)
         module = None if user is None else self.program.submodule(user)
-        return None if getattr(module, "per_channel", False) else user
+        has_grid = isinstance(module, ActivationQuantizer) and not module.per_channel
+        return user if has_grid else None
 
     def _only_quantizer(self, node: fx.Node) -> fx.Node | None:
         """The quantizer that alone reads a node, or its fused ReLU."""
         users = list((self._fused_relu(node) or node).users)
         if len(users) != 1:
             return None
-        is_quantizer = isinstance(self.program.submodule(users[0]), ActivationQuantizer)
-        return users[0] if is_quantizer else None
+        kind = describe(users[0], self.program.module).kind
+        return users[0] if kind is Kind.QUANTIZER else None
 
 
 _READS_CHANNELS = "its input is quantized per channel, which no integer kernel multiplies"
 _WRITES_CHANNELS = "its output is quantized per channel, which no integer kernel rounds to"
+_READS_DYNAMIC = "its input is quantized over a range found at run time, in float"
+_WRITES_DYNAMIC = "its output is quantized over a range found at run time, in float"
+_SIMULATED = (_READS_CHANNELS, _WRITES_CHANNELS, _READS_DYNAMIC, _WRITES_DYNAMIC)
 
 _RULES: dict[Kind, Callable[[Lowering, fx.Node, Op], None]] = {
     Kind.INPUT: Lowering._input,

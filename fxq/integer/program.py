@@ -8,7 +8,9 @@ to even, ``clamp`` is to the codes of the grid, from the zero point up where a R
 quantize         ``clamp(rint(f32(x / scale)) + zero_point)``, as ONNX's QuantizeLinear
 dequantize       ``scale * (q - zero_point)``, exact in float32
 requantize       ``quantize(dequantize(q))``
-fake_quantize    ``dequantize(quantize(x))`` with a scale and a zero point per channel; a float
+fake_quantize    ``dequantize(quantize(x))`` with a scale and a zero point per channel, and a
+                 largest code per channel where channels have bits of their own; a float
+dynamic_quantize ``DynamicAciqQuantizer``: the same on the range of this very batch; a float
 conv, linear     ``clamp(rint(f32(f32(f32(acc) + bias) * m)) + zero_point)``
 linear to float  ``f32(f32(acc + bias) * f32(sx * sw))``, then the ReLU
 conv, linear     the float operator on ``f32(w * sw)`` and a float32 bias, then the ReLU; a float
@@ -57,6 +59,7 @@ OPS = frozenset(
         "dequantize",
         "requantize",
         "fake_quantize",
+        "dynamic_quantize",
         "conv",
         "linear",
         "add",

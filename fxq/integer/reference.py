@@ -13,7 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from fxq.integer.arguments import registers_in, substitute
-from fxq.integer.float_layers import CONVOLUTIONS, fake_quantizer, float_layer
+from fxq.integer.float_layers import (
+    CONVOLUTIONS,
+    dynamic_quantizer,
+    fake_quantizer,
+    float_layer,
+)
 from fxq.integer.float_ops import build_module, resolve
 from fxq.integer.layers import accumulator_scale
 from fxq.integer.program import Grid, Instruction, IntegerProgram
@@ -69,6 +74,9 @@ class Reference:
 
     def _fake_quantize(self, step: Instruction, values: Any, grids: Any) -> torch.Tensor:
         return fake_quantizer(self.program, step)(values[step.inputs[0]])
+
+    def _dynamic_quantize(self, step: Instruction, values: Any, grids: Any) -> torch.Tensor:
+        return dynamic_quantizer(step)(values[step.inputs[0]])
 
     def _conv(self, step: Instruction, values: Any, grids: Any) -> torch.Tensor:
         source = grids.get(step.inputs[0])
@@ -176,6 +184,7 @@ _RULES: dict[str, Callable[[Reference, Instruction, Any, Any], Any]] = {
     "dequantize": Reference._dequantize,
     "requantize": Reference._requantize,
     "fake_quantize": Reference._fake_quantize,
+    "dynamic_quantize": Reference._dynamic_quantize,
     "conv": Reference._conv,
     "linear": Reference._linear,
     "add": Reference._add,

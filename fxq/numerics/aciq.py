@@ -34,10 +34,11 @@ _ROOT_TWO_PI = math.sqrt(2 * math.pi)
 
 
 class Prior(StrEnum):
-    """The assumed shape of the values before clipping."""
+    """The assumed shape of the values before clipping; FIT is whichever `fitted_prior` picks."""
 
     LAPLACE = "laplace"
     GAUSS = "gauss"
+    FIT = "fit"
 
 
 def laplace_clip(b: Values, steps: Values | float) -> Values:
@@ -170,33 +171,7 @@ def prior_clip(
         True
     """
     count = 2 * steps if fused_relu else steps
-    return laplace_clip(scale, count) if prior is Prior.LAPLACE else gauss_clip(scale, count)
-
-
-# What the authors' code ships: the roots for 2**bits steps, truncated (not rounded) to 2 decimals.
-_PAPER_TABLES = {
-    (Prior.LAPLACE, False): (1.05, 1.86, 2.83, 3.89, 5.03, 6.2, 7.41, 8.64, 9.89),
-    (Prior.LAPLACE, True): (1.86, 2.83, 3.89, 5.02, 6.2, 7.41, 8.64, 9.89, 11.16),
-    (Prior.GAUSS, False): (None, 1.24, 1.71, 2.15, 2.55, 2.93, 3.28, 3.61, 3.92),
-    (Prior.GAUSS, True): (None, 1.71, 2.15, 2.55, 2.93, 3.28, 3.61, 3.92, 4.2),
-}
-
-
-def paper_table_clip(prior: Prior, bits: int, fused_relu: bool = False) -> float:
-    """The factor of the prior's scale in the authors' code; only for reproducing their numbers.
-
-    Raises:
-        SpecError: The tables have no such bit width.
-
-    Example:
-        >>> paper_table_clip(Prior.LAPLACE, 3), paper_table_clip(Prior.LAPLACE, 3, True)
-        (3.89, 5.02)
-    """
-    table = _PAPER_TABLES[prior, fused_relu]
-    factor = table[bits] if 0 <= bits < len(table) else None
-    if factor is None:
-        raise SpecError(f"the authors have no {prior} clip for {bits} bits", hint="use prior_clip")
-    return factor
+    return laplace_clip(scale, count) if _is_laplace(prior) else gauss_clip(scale, count)
 
 
 def clip_mse(
@@ -230,7 +205,7 @@ def clip_mse(
     unit, alpha, count = _positive(_scale(scale)), _finite(clip), _steps(steps)
     a = alpha / unit
     u = (_finite(mean) if fused_relu else torch.zeros_like(a)) / unit
-    if prior is Prior.LAPLACE:
+    if _is_laplace(prior):
         mass, tail = _laplace_log_positive_mass(u).exp(), _laplace_square_excess(a - u)
     else:
         mass, tail = _gauss_tail(-u), _gauss_square_excess(a - u)
@@ -280,12 +255,18 @@ def aciq_range(
         lower, upper = torch.maximum(bottom, centre - alpha), torch.minimum(top, centre + alpha)
         return _like(mean, lower), _like(mean, upper)
     if mean_aware:
-        rule = laplace_clip_mean_aware if prior is Prior.LAPLACE else gauss_clip_mean_aware
+        rule = laplace_clip_mean_aware if _is_laplace(prior) else gauss_clip_mean_aware
         clip = _finite(rule(mean, scale, steps))
     else:
         clip = centre.clamp(min=0) + _finite(prior_clip(prior, scale, steps, fused_relu=True))
     upper = torch.minimum(top, clip).clamp(min=0)
     return _like(mean, torch.zeros_like(upper)), _like(mean, upper)
+
+
+def _is_laplace(prior: Prior) -> bool:
+    if prior is Prior.FIT:
+        raise SpecError("there is no clip of a law still to be fitted", hint="call fitted_prior")
+    return prior is Prior.LAPLACE
 
 
 def _wright_omega(log_z: Tensor) -> Tensor:

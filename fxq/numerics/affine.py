@@ -127,6 +127,37 @@ def grid_from_range(
     return float(scale), int(zero_point)
 
 
+def channel_grids(low: Tensor, high: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of every channel at its own number of bits, as `grid_from_range` has it.
+
+    A channel of 0 bits has code 0 alone, which stands for ``min(low, 0)``.
+
+    Args:
+        low: [C], in the units of the tensor.
+        high: [C], not below `low`.
+        bits: [C] integers, 0 to 8.
+
+    Returns:
+        scale: [C] like `low`; zero_point: [C] int64.
+
+    Raises:
+        SpecError: Impossible bits; a range that is empty, NaN or infinite.
+
+    Example:
+        >>> low, high = torch.tensor([-1.0, -1.0, 0.5]), torch.tensor([3.0, 3.0, 3.0])
+        >>> scale, zero_point = channel_grids(low, high, torch.tensor([2, 0, 0]))
+        >>> [round(value, 4) for value in scale[:2].tolist()], zero_point.tolist()
+        ([1.3333, 1.0], [1, 1, 0])
+    """
+    _check_range(low, high)
+    scale, zero_point = torch.empty_like(low), torch.empty_like(bits, dtype=torch.int64)
+    for width in sorted(set(bits.tolist())):
+        chosen = bits == width
+        top = high[chosen] if width else low[chosen].clamp(min=0)
+        scale[chosen], zero_point[chosen] = grid_from_range(low[chosen], top, max(width, 1))
+    return scale, zero_point
+
+
 def _check_range(low: Tensor, high: Tensor) -> None:
     if low.shape != high.shape:
         raise SpecError(f"low is {list(low.shape)} but high is {list(high.shape)}")
@@ -202,7 +233,7 @@ def fake_quantize(
     scale: Tensor | float,
     zero_point: Tensor | int,
     qmin: int,
-    qmax: int,
+    qmax: Tensor | int,
     axis: int | None = None,
 ) -> Tensor:
     """Equal to `dequantize(quantize(x))`, without the trip through integers.
@@ -212,7 +243,7 @@ def fake_quantize(
         scale: [] or a float; [x.shape[axis]] with an axis.
         zero_point: Like `scale`, an integer.
         qmin: Smallest code.
-        qmax: Largest code.
+        qmax: Largest code; [x.shape[axis]] where channels have their own.
         axis: The dimension of x that owns the scales, or None.
 
     Returns:
@@ -234,12 +265,15 @@ def _codes(
     scale: Tensor | float,
     zero_point: Tensor | int,
     qmin: int,
-    qmax: int,
+    qmax: Tensor | int,
     axis: int | None,
 ) -> Tensor:
     # x.float() may be x itself, so the first operation must not be in place.
     codes = (x.to(torch.float32) / _along(scale, x, axis)).round_()
-    return codes.add_(_along(zero_point, x, axis)).clamp_(qmin, qmax)
+    codes.add_(_along(zero_point, x, axis))
+    if isinstance(qmax, Tensor):
+        return torch.minimum(codes.clamp_(min=qmin), _along(qmax, x, axis))
+    return codes.clamp_(qmin, qmax)
 
 
 def _along(value: Tensor | float, x: Tensor, axis: int | None) -> Tensor:

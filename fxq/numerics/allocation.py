@@ -13,6 +13,7 @@ Papers:
 from __future__ import annotations
 
 import math
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -21,6 +22,42 @@ from fxq.errors import SpecError
 
 _MAX_ROUNDS = 10  # both constants are those of the authors' code
 _CLOSE_ENOUGH = 0.01
+
+
+class Allocation(StrEnum):
+    """How bits are spread over the channels of a tensor."""
+
+    NONE = "none"
+    BINS = "bins"
+    MEAN_BITS = "mean-bits"
+
+
+def channel_bits(rule: Allocation, alpha: Tensor, bits: int, low: int = 0) -> Tensor:
+    """The bits of every channel under a rule, for an average of about `bits`.
+
+    Where no channel varies there is nothing to share out, and all get the same.
+
+    Args:
+        rule: `allocate_bins`, `allocate_mean_bits`, or the same bits for all.
+        alpha: [C] spread of each channel, >= 0, any unit.
+        bits: The average.
+        low: The fewest bits a channel may get.
+
+    Returns:
+        [C] int64, `low` to 8.
+
+    Raises:
+        SpecError: As the rule does.
+
+    Example:
+        >>> channel_bits(Allocation.MEAN_BITS, torch.tensor([1.0, 2.0, 4.0, 9.0]), 4).tolist()
+        [3, 4, 4, 5]
+    """
+    if rule is Allocation.NONE or not bool(alpha.any()):
+        return torch.full((len(alpha),), bits, dtype=torch.int64)
+    if rule is Allocation.BINS:
+        return allocate_bins(alpha, len(alpha) * 2.0**bits).clamp(min=low)
+    return allocate_mean_bits(alpha, bits, low=low)
 
 
 def allocate_bins(alpha: Tensor, total_bins: float, high: int = 8) -> Tensor:

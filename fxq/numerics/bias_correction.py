@@ -57,7 +57,7 @@ def correct_mean_and_variance(weight: Tensor, quantized: Tensor) -> Tensor:
         quantized: [out, ...] after, as real values.
 
     Returns:
-        [out, ...]. A channel of a single weight keeps its scale.
+        [out, ...]. A channel that is constant after quantization becomes its mean.
 
     Raises:
         SpecError: The shapes differ or a value is not finite.
@@ -70,12 +70,33 @@ def correct_mean_and_variance(weight: Tensor, quantized: Tensor) -> Tensor:
         The authors' code, both flags (`-vcw -bcw`); not Eq. 13.
     """
     before, after = _channels(weight, quantized)
-    if before.shape[1] == 1:
-        return correct_mean(weight, quantized)
-    scale = before.std(dim=1, keepdim=True) / (after.std(dim=1, keepdim=True) + _EPSILON)
+    scale = spread_ratio(weight, quantized).unsqueeze(1)
     centred = (after - after.mean(dim=1, keepdim=True)) * scale
     corrected = centred + before.mean(dim=1, keepdim=True)
     return corrected.view_as(quantized).to(quantized.dtype)
+
+
+def spread_ratio(weight: Tensor, quantized: Tensor) -> Tensor:
+    """What brings each output channel's spread back: std(w) / (std(wq) + 1e-8), the paper's xi.
+
+    Args:
+        weight: [out, ...] before quantization.
+        quantized: [out, ...] after, as real values.
+
+    Returns:
+        [out] float64; 1 for a channel that is constant after quantization, a single weight too.
+
+    Raises:
+        SpecError: The shapes differ or a value is not finite.
+
+    Example:
+        >>> round(spread_ratio(torch.tensor([[0.2, 0.6]]), torch.tensor([[0.0, 1.0]])).item(), 4)
+        0.4
+    """
+    before, after = _channels(weight, quantized)
+    unbiased = min(1, before.shape[1] - 1)
+    wanted, found = (rows.std(dim=1, correction=unbiased) for rows in (before, after))
+    return torch.where(found > 0, wanted / (found + _EPSILON), torch.ones_like(found))
 
 
 def bias_shift(

@@ -18,7 +18,12 @@ class ActivationQuantizer(nn.Module):
         scale: ``[]``, or ``[channels]`` for one scale per index of dimension 1; in the units of
             the tensor.
         zero_point: Code of zero, of the shape of the scale.
-        bits: Bits per code, 1 to 8.
+        bits: Bits per code, 1 to 8; or ``[channels]``, 0 to 8. A channel of 0 bits has code 0
+            alone, so it is the constant ``-scale * zero_point``, with a zero point of 0 or 1.
+
+    Attributes:
+        bits: Bits per code; the most that a channel has, where they differ.
+        channel_bits: ``[channels]`` int64 where they may differ, else None.
 
     Raises:
         SpecError: Bits outside 1 to 8, a scale that is not positive, or a zero point out of range.
@@ -32,15 +37,23 @@ class ActivationQuantizer(nn.Module):
     fxq_kind = "quantizer"
     scale: torch.Tensor
     zero_point: torch.Tensor
+    channel_bits: torch.Tensor | None
 
-    def __init__(self, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> None:
+    def __init__(
+        self, scale: torch.Tensor, zero_point: torch.Tensor, bits: int | torch.Tensor
+    ) -> None:
         super().__init__()
-        check_bits(bits)
+        each = bits.to(torch.int64) if isinstance(bits, torch.Tensor) else None
+        self.bits = int(bits.max()) if isinstance(bits, torch.Tensor) else bits
+        check_bits(self.bits)
+        if each is not None and (each.shape != scale.shape or int(each.min()) < 0):
+            raise SpecError(f"{each.tolist()} are no bits of {list(scale.shape)} channels")
         if not bool((scale > 0).all()) or not bool(torch.isfinite(scale).all()):
             raise SpecError("a scale must be positive and finite", where=f"scale {scale.tolist()}")
-        if not bool(((zero_point >= 0) & (zero_point < 2**bits)).all()):
-            raise SpecError(f"a {bits}-bit zero point must be in 0 .. {2**bits - 1}")
-        self.bits = bits
+        highest = 2 ** (self.bits if each is None else each.clamp(min=1)) - 1
+        if not bool(((zero_point >= 0) & (zero_point <= highest)).all()):
+            raise SpecError(f"a {self.bits}-bit zero point must be in 0 .. {2**self.bits - 1}")
+        self.register_buffer("channel_bits", each)
         self.register_buffer("scale", scale.to(torch.float32))
         self.register_buffer("zero_point", zero_point.to(torch.int64))
 
@@ -49,18 +62,27 @@ class ActivationQuantizer(nn.Module):
         """Whether each index of dimension 1 has its own scale."""
         return self.scale.dim() == 1
 
+    @property
+    def top(self) -> int | torch.Tensor:
+        """The largest code; ``[channels]`` where channels have their own bits."""
+        return 2**self.bits - 1 if self.channel_bits is None else 2**self.channel_bits - 1
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The nearest representable values; ``x: [...]``, or ``[n, channels, ...]`` per channel."""
         axis = 1 if self.per_channel else None
-        top = int(2**self.bits - 1)
-        return fake_quantize(x, self.scale, self.zero_point, 0, top, axis=axis)
+        return fake_quantize(x, self.scale, self.zero_point, 0, self.top, axis=axis)
 
     def describe(self) -> str:
         """Bits, scale and zero point, for listings."""
         if self.per_channel:
             low, high = float(self.scale.min()), float(self.scale.max())
-            return f"{self.bits}-bit per-channel scale {low:.4g}..{high:.4g}"
+            return f"{self._width()} per-channel scale {low:.4g}..{high:.4g}"
         return f"{self.bits}-bit scale {float(self.scale):.4g} zero {int(self.zero_point)}"
+
+    def _width(self) -> str:
+        if self.channel_bits is None or int(self.channel_bits.min()) == self.bits:
+            return f"{self.bits}-bit"
+        return f"{int(self.channel_bits.min())}..{self.bits}-bit"
 
     def extra_repr(self) -> str:
         """Shown in the module's repr."""

@@ -7,6 +7,7 @@ order of summation changes anything.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,19 @@ def test_codes_are_bytes_that_end_where_the_grid_does() -> None:
     want = quantize(x, tensors["q.scale"], tensors["q.zero_point"], 0, 15, axis=1)
     assert found.dtype == torch.uint8
     assert torch.equal(found.int(), want)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 4, 5), (2, 4, 5, 6)], ids=len)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_channels_with_bits_of_their_own(shape: tuple[int, ...], bits: int) -> None:
+    step, tensors = rounded("q", "x", bits, [0, 1, 1, 3])
+    tensors["q.top"] = torch.tensor([2**bits - 1, 1, 0, 3], dtype=torch.uint8)
+    step = replace(step, tensors=step.tensors | {"top": "q.top"})
+    codes = (Instruction("codes", "quantize", ("q",), grid=Grid(0.5, 100, 8)), {})
+    check(
+        [(step, tensors), codes, (Instruction("y", "dequantize", ("codes",)), {})],
+        torch.randn(shape) * 9,
+    )
 
 
 X = Register("q")

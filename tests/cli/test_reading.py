@@ -211,7 +211,7 @@ def test_passes(fxq: Fxq) -> None:
     assert re.search(r"^fold-batch-norm +same-numbers +Every batch norm", listing, re.M)
     one = fxq("passes", "quantize-aciq").out
     assert re.search(r"^weight_bits +int +4 +Bits per weight", one, re.M)
-    assert re.search(r"^prior +laplace \| gauss +laplace +The law", one, re.M)
+    assert re.search(r"^prior +laplace \| gauss \| fit +laplace +The law", one, re.M)
 
 
 def test_every_option_of_every_pass_is_explained(fxq: Fxq) -> None:

@@ -71,6 +71,14 @@ def test_accuracy(recipe: str, points: float, data: Path) -> None:
     assert score(result.module, data) >= float_score(data) - points
 
 
+@pytest.mark.parametrize(("recipe", "points"), [("aciq-paper-8w4a", 1.5), ("aciq-paper-4w4a", 3.0)])
+def test_accuracy_of_the_papers_settings(recipe: str, points: float, data: Path) -> None:
+    """Simulated: with bits per channel, and with the network's input and its sums in float."""
+    result = compiled(data, recipe)
+    assert result.artifact.simulation
+    assert score(result.module, data) >= float_score(data) - points
+
+
 @pytest.mark.parametrize("recipe", ["minmax-int8", "aciq-4bit"])
 def test_every_register_equals_the_reference(recipe: str, data: Path) -> None:
     program = compiled(data, recipe).artifact.integers

@@ -6,7 +6,12 @@ import torch.nn.functional as F
 
 from fxq.errors import SpecError
 from fxq.numerics.affine import fake_quantize
-from fxq.numerics.bias_correction import bias_shift, correct_mean, correct_mean_and_variance
+from fxq.numerics.bias_correction import (
+    bias_shift,
+    correct_mean,
+    correct_mean_and_variance,
+    spread_ratio,
+)
 
 
 @pytest.fixture
@@ -42,6 +47,13 @@ def test_constant_and_single_weight_channels() -> None:
     torch.testing.assert_close(corrected.mean(1), weight.mean(1))
     single = torch.tensor([[0.3], [0.4]])
     assert torch.equal(correct_mean_and_variance(single, torch.zeros(2, 1)), single)
+
+
+def test_the_ratio_of_spreads() -> None:
+    weight = torch.tensor([[1.0, 3.0], [5.0, 5.0], [0.0, 4.0]])
+    quantized = torch.tensor([[0.0, 4.0], [0.0, 1.0], [2.0, 2.0]])
+    assert spread_ratio(weight, quantized).tolist() == pytest.approx([0.5, 0.0, 1.0])
+    assert spread_ratio(weight[:, :1], quantized[:, :1]).tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -70,6 +70,10 @@ def test_percentiles() -> None:
     assert float(high) == pytest.approx(2.5758, abs=0.05)
     assert float(low) == pytest.approx(-2.5758, abs=0.05)
     assert [end.item() for end in percentile_range(watched(x), 1.0)] == [x.min(), x.max()]
+    low, high = percentile_range(watched(x), 0.99, fused_relu=True)
+    assert float(low) == 0
+    assert float(high) == pytest.approx(2.3263, abs=0.05)
+    assert float(percentile_range(watched(-x.abs()), 0.9, fused_relu=True)[1]) == 0
     for fraction in (0.0, 1.1):
         with pytest.raises(SpecError):
             percentile_range(watched(x), fraction)

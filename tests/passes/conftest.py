@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxq.passes import Calibrate, FoldBatchNorm, InsertObservers, MarkRelu
+from fxq.passes import Calibrate, FoldBatchNorm, InsertObservers, MarkRelu, QuantizeMinmax
 from fxq.passes.insert_observers import Statistics
 from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer, rows
 
@@ -85,6 +85,21 @@ def deep() -> nn.Module:
 def images() -> Tensor:
     """What it is calibrated on."""
     return IMAGES
+
+
+@pytest.fixture
+def trained(run_passes: Any) -> Callable[..., Any]:
+    """Call it as ``trained(pass, model, x)``: the quantized model after the pass; None for none."""
+
+    def run(one: Any, model: nn.Module, x: Any = IMAGES, **more: Any) -> Any:
+        after = more.pop("after", QuantizeMinmax(weight_bits=3, activation_bits=4))
+        observers = more.pop("observers", InsertObservers(statistics=Statistics.HISTOGRAM))
+        passes = [FoldBatchNorm(), MarkRelu(), observers, Calibrate(), after]
+        example = x[:2] if isinstance(x, Tensor) else x
+        every = [*passes, one] if one else passes
+        return run_passes(every, model, example, calibration=[x], check=False, **more)
+
+    return run
 
 
 @pytest.fixture

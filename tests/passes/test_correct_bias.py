@@ -20,6 +20,7 @@ from fxq.passes import (
     QuantizeAciq,
     QuantizeMinmax,
 )
+from fxq.passes.correct_bias import Method
 from fxq.passes.insert_observers import Statistics
 from fxq.pipeline import Pipeline
 from fxq.quant.quantizers import QuantizedLayer
@@ -72,6 +73,32 @@ def test_only_the_first_images_count(run_passes: Any, deep: Any, images: Tensor)
         torch.testing.assert_close(got[name], mean, atol=1e-5, rtol=1e-4)
 
 
+def test_the_analytic_form_undoes_the_rounding_of_the_weights_alone(
+    run_passes: Any, images: Tensor
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    one = CorrectBias(method=Method.ANALYTIC)
+    ran = run_passes(
+        [*BEFORE, QuantizeMinmax(weight_bits=2), one], model, images, calibration=[images]
+    )
+    for name, kept in (("_0", "0"), ("_2", "2")):
+        layer = ran.program.module.get_submodule(kept)
+        read = inputs_of(ran.program, name, images).transpose(0, 1).flatten(1).mean(1)
+        rounding = (layer.layer.weight - layer.weight()).sum((2, 3)) @ read
+        torch.testing.assert_close(layer.bias_shift, rounding, atol=1e-5, rtol=1e-4)
+    assert ran.step.hits == ("_0", "_2")
+
+
+def inputs_of(program: Program, name: str, images: Tensor) -> Tensor:
+    """What a layer reads."""
+    seen: list[Tensor] = []
+    layer = program.submodule(program.node(name))
+    assert layer is not None
+    with torch.no_grad(), layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        program.module(images)
+    return seen[0]
+
+
 class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +112,7 @@ class Shared(nn.Module):
 def test_a_layer_called_twice_is_refused(run_passes: Any, images: Tensor) -> None:
     passes = [*BEFORE, QuantizeMinmax(weight_bits=4), CorrectBias()]
     ran = run_passes(passes, Shared(), images[:2], calibration=[images])
-    why = "its weights are shared by several calls, which differ in bias"
+    why = "its weights are shared by several calls, whose inputs differ"
     assert [(miss.node, miss.why) for miss in ran.step.misses] == [("conv_1", why)]
     assert ran.step.hits == ("fc",)
 
@@ -115,7 +142,7 @@ def test_without_images() -> None:
         Pipeline(CorrectBias()).run(capture(Shared(), torch.zeros(1, 3, 8, 8)))
     program = capture(Shared(), torch.zeros(1, 3, 8, 8))
     program.passes_run.append("calibrate")
-    with pytest.raises(CalibrationError, match="calibration kept no images"):
+    with pytest.raises(CalibrationError, match="there is no calibration data"):
         Pipeline(CorrectBias()).run(program)
 
 

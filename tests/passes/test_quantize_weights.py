@@ -10,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fxq.errors import SpecError
 from fxq.graph.program import facts
+from fxq.numerics.allocation import Allocation
+from fxq.numerics.bias_correction import correct_mean_and_variance
+from fxq.numerics.levels import MOST_BITS, LevelSet, levels_of
 from fxq.numerics.saturation import largest_pair_sum, pair_limit
-from fxq.passes import QuantizeAciq, QuantizeMinmax
-from fxq.passes.quantization import WeightCodes, _unsaturated
-from fxq.passes.quantize_aciq import Allocation, BiasCorrection, WeightRange
+from fxq.passes import QuantizeAciq, QuantizeClipped, QuantizeMinmax
+from fxq.passes.weights import BiasCorrection, WeightCodes, WeightRange, WeightScheme, unsaturated
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -63,6 +66,121 @@ def test_bias_correction_restores_the_mean_of_each_channel(
         assert float(error.mean()) < float((plain.after(name).mean(1) - want).abs().mean()) * 1.001
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("weight_range", list(WeightRange))
+def test_mean_and_variance_of_each_channel_are_restored(
+    bits: int, weight_range: WeightRange, quantized: Any
+) -> None:
+    done = quantized(
+        QuantizeMinmax(
+            weight_bits=bits,
+            first_last_bits=0,
+            weight_range=weight_range,
+            bias_correction=BiasCorrection.MEAN_VARIANCE,
+        )
+    )
+    for name in ("first", "body_0", "head"):
+        want, have, scale = done.before(name), done.after(name), done.layers[name].scale
+        assert bool(((have.mean(1) - want.mean(1)).abs() <= scale / 2 * 1.0001).all())
+        torch.testing.assert_close(have.std(1), want.std(1), rtol=1e-4, atol=1e-7)
+        assert max(len(set(row)) for row in done.codes(name).tolist()) < 2**bits
+
+
+def test_mean_and_variance_are_those_of_the_formula() -> None:
+    """The integer form is the authors' formula, up to the resolution of the shift."""
+    torch.manual_seed(3)
+    weight = torch.randn(6, 40).double() * 0.1 + 0.05
+    plain = WeightScheme().codes(weight, 4)
+    rounded = plain.codes * plain.scale.unsqueeze(1)
+    expected = correct_mean_and_variance(weight, rounded)
+    scheme = WeightScheme(bias_correction=BiasCorrection.MEAN_VARIANCE)
+    found = scheme.codes(weight, 4)
+    error = (found.codes * found.scale.unsqueeze(1) - expected).abs()
+    assert bool((error <= found.scale.unsqueeze(1) * 0.51).all())
+
+
+AWKWARD = torch.tensor(
+    [
+        [0.3, 0.3, 0.3, 0.3, 0.3, 0.3],
+        [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        [0.1, 0.11, 0.12, 0.1, 0.1, 5.0],
+        [1.0, 1.0, 1.0, 1.0, 1.0, -1.0],
+        [9.0, 8.0, 9.0, 8.0, 9.0, 8.0],
+    ]
+).double()
+
+
+@pytest.mark.parametrize("correction", list(BiasCorrection))
+@pytest.mark.parametrize("kind", list(LevelSet))
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_awkward_channels(correction: BiasCorrection, kind: LevelSet, bits: int) -> None:
+    """Constant, dead, with an outlier, of one sign; and single taps."""
+    scheme = WeightScheme(bias_correction=correction, level_set=kind)
+    for weight in (AWKWARD, AWKWARD[:, :1]):
+        found = scheme.codes(weight, bits)
+        assert int(found.codes.abs().max()) <= 127
+        assert bool((found.scale > 0).all())
+        have = found.codes * found.scale.unsqueeze(1)
+        for row in (0, 1):
+            torch.testing.assert_close(have[row], weight[row], rtol=2e-4, atol=1e-9)
+        has_room = bits < 4 or (bits == 4 and kind in (LevelSet.UNIFORM, LevelSet.APOT))
+        if correction is not BiasCorrection.NONE and has_room:
+            resolution = found.scale / 2 * 1.0001 + 1e-12
+            assert bool(((have.mean(1) - weight.mean(1)).abs() <= resolution).all())
+
+
+FULL = [(LevelSet.UNIFORM, 7), (LevelSet.UNIFORM, 8), (LevelSet.APOT, 6), (LevelSet.POT, 4)]
+
+
+def test_what_cannot_be_spread_stays_as_it_is() -> None:
+    weight = torch.randn(4, 30).double()
+    for kind, bits in FULL:
+        plain = WeightScheme(level_set=kind).codes(weight, bits)
+        scheme = WeightScheme(level_set=kind, bias_correction=BiasCorrection.MEAN)
+        found = scheme.codes(weight, bits)
+        assert torch.equal(found.codes, plain.codes)
+        assert torch.equal(found.scale, plain.scale)
+
+
+# ---- level sets ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [LevelSet.APOT, LevelSet.POT])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_are_levels_of_the_set(kind: LevelSet, bits: int, quantized: Any) -> None:
+    done = quantized(QuantizeClipped(weight_bits=bits, first_last_bits=8, level_set=kind))
+    fits = bits <= MOST_BITS[kind]
+    levels = levels_of(kind if fits else LevelSet.UNIFORM, bits).tolist()
+    assert set(done.codes("body_0").abs().flatten().tolist()) <= set(levels)
+    notes = {name: facts(done.ran.program.node(name)).note for name in ("first", "body_0")}
+    assert notes == {"first": "w8 uniform", "body_0": f"w{bits} {kind if fits else 'uniform'}"}
+
+
+def test_each_layer_gets_the_set_of_the_smallest_error(quantized: Any, deep: Any) -> None:
+    with torch.no_grad():
+        deep.body[0].weight.copy_(torch.linspace(-1, 1, 576).reshape(8, 8, 3, 3))
+        deep.body[2].weight.copy_(torch.randn(8, 1, 5, 5) ** 3)
+    done = quantized(
+        QuantizeClipped(weight_bits=4, level_set=LevelSet.AUTO, weight_range=WeightRange.MSE), deep
+    )
+    notes = [facts(done.ran.program.node(name)).note for name in ("body_0", "body_2")]
+    assert notes[0] == "w4 uniform"
+    assert notes[1] in ("w4 apot", "w4 pot")
+    for weight in (done.before("body_0"), done.before("body_2")):
+        errors = {}
+        for kind in LevelSet:
+            found = WeightScheme(WeightRange.MSE, level_set=kind).codes(weight, 4)
+            values = found.codes * found.scale.unsqueeze(1)
+            errors[kind] = float((values - weight).square().mean())
+        assert errors[LevelSet.AUTO] == min(errors.values())
+
+
+def test_bits_per_channel_need_ranges_per_channel(quantized: Any) -> None:
+    one = QuantizeMinmax(per_channel_weights=False, allocation=Allocation.BINS)
+    with pytest.raises(SpecError, match="without ranges of their own"):
+        quantized(one)
+
+
 @pytest.mark.parametrize("allocation", [Allocation.BINS, Allocation.MEAN_BITS])
 def test_allocation_gives_wide_channels_more_bits(
     allocation: Allocation, quantized: Any, deep: Any
@@ -92,8 +210,7 @@ def test_dead_channels_and_dead_layers(
         deep.first.weight[2] = 0
         deep.body[0].weight.zero_()
         deep.head.weight.fill_(0.25)
-    options = {"allocation": allocation} if build is QuantizeAciq else {}
-    done = quantized(build(**options), deep)
+    done = quantized(build(weight_bits=4, allocation=allocation), deep)
     assert not bool(done.codes("first")[2].any())
     assert not bool(done.codes("body_0").any())
     torch.testing.assert_close(done.after("head"), done.before("head"), rtol=1e-3, atol=0)
@@ -128,7 +245,7 @@ def test_unsaturated_codes(seed: int, taps: int, spread: float, bits: int) -> No
     torch.manual_seed(seed)
     weight = torch.randn(3, taps).double() + spread
     found = (QuantizeAciq if bits < 8 else QuantizeMinmax)().weight_codes(weight, bits)
-    safe = _unsaturated(weight, found)
+    safe = unsaturated(weight, found)
     assert int(largest_pair_sum(safe.codes).max()) <= pair_limit(255)
     before = found.codes * found.scale.unsqueeze(1)
     after = safe.codes * safe.scale.unsqueeze(1)
@@ -142,4 +259,4 @@ def test_unsaturated_codes(seed: int, taps: int, spread: float, bits: int) -> No
 def test_what_cannot_saturate_stays() -> None:
     codes = torch.tensor([[100, -100, 28, 100]], dtype=torch.int32)
     found = WeightCodes(codes, torch.ones(1).double(), torch.tensor([8]))
-    assert torch.equal(_unsaturated(codes.double(), found).codes, codes)
+    assert torch.equal(unsaturated(codes.double(), found).codes, codes)

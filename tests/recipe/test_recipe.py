@@ -100,6 +100,7 @@ def test_options_become_fields() -> None:
     assert recipe.passes[1] == InsertObservers(statistics=Statistics.HISTOGRAM)
     assert recipe.passes[3] == QuantizeAciq(weight_bits=5, prior=Prior.GAUSS)
     assert recipe.coverage == 1.0
+    assert recipe.simulation is False
     assert recipe.pipeline(check=False).check is False
 
 
@@ -147,13 +148,15 @@ WRONG = [
     (
         BASE.replace('"gauss"', '"?"'),
         "quantize-aciq.prior must be Prior, not '?'",
-        "known: laplace, gauss",
+        "known: laplace, gauss, fit",
     ),
     (BASE.replace("= 5", '= "5"'), "quantize-aciq.weight_bits must be int, not '5'", None),
     (BASE.replace("= 5", "= 5.0"), "quantize-aciq.weight_bits must be int, not 5.0", None),
     (BASE.replace("= 5", "= true"), "quantize-aciq.weight_bits must be int, not True", None),
     (BASE.replace('"mine"', "3"), "name has the wrong type: 3", None),
     ("papers = 'x'\n" + BASE, "papers has the wrong type: 'x'", None),
+    ("simulation = 1\n" + BASE, "simulation has the wrong type: 1", None),
+    ("simulations = true\n" + BASE, "there is no key 'simulations'", "did you mean 'simulation'?"),
     ("coverage = 'all'\n" + BASE, "coverage has the wrong type: 'all'", None),
     (
         BASE + "[layer.'a']\nweights = 8",
@@ -332,6 +335,7 @@ words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     pattern=words.filter(bool),
     skip=st.booleans(),
     coverage=st.floats(0.1, 1),
+    simulation=st.booleans(),
 )
 def test_any_recipe_round_trips(
     name: str,
@@ -342,6 +346,7 @@ def test_any_recipe_round_trips(
     pattern: str,
     skip: bool,
     coverage: float,
+    simulation: bool,
 ) -> None:
     recipe = Recipe(
         name,
@@ -350,5 +355,6 @@ def test_any_recipe_round_trips(
         papers=tuple(papers),
         layers=(LayerOverride(pattern, {"weight_bits": bits, "skip": skip}),),
         coverage=coverage,
+        simulation=simulation,
     )
     assert Recipe.from_toml(recipe.to_toml()) == recipe
