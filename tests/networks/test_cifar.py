@@ -38,11 +38,11 @@ def network(folder: Path) -> torch.nn.Module:
 
 
 @functools.cache
-def compiled(folder: Path, recipe: str) -> Result:
+def compiled(folder: Path, recipe: str, settings: tuple[str, ...] = ()) -> Result:
     train = opened(folder / "cifar10-train-20k.npz")
     batches = [images for images, _ in train.batches(64, limit=512, seed=0)]
     example = batches[0][:1]
-    return fxq.compile(network(folder), example, recipe, calibration=batches)
+    return fxq.compile(network(folder), example, recipe, calibration=batches, settings=settings)
 
 
 @functools.cache
@@ -63,12 +63,32 @@ def first_images(folder: Path, count: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "points"), [("minmax-int8", 0.7), ("aciq-8bit", 0.7), ("aciq-4bit", 4.0)]
+    ("recipe", "points"),
+    [
+        ("minmax-int8", 0.7),
+        ("aciq-8bit", 0.7),
+        ("aciq-4bit", 2.8),
+        ("kld-4bit", 5.0),
+        ("mixed-4bit", 2.8),
+        ("aciq-3bit", 5.5),
+    ],
 )
 def test_accuracy(recipe: str, points: float, data: Path) -> None:
     result = compiled(data, recipe)
     assert result.artifact.ledger.coverage() == 1.0
     assert score(result.module, data) >= float_score(data) - points
+
+
+@pytest.mark.slow
+def test_training_on_unlabelled_images_helps(data: Path) -> None:
+    rounded, trained = (
+        score(compiled(data, recipe, settings).module, data)
+        for recipe, settings in (
+            ("aciq-3bit", ()),
+            ("best-4bit", ("weight_bits=3", "activation_bits=3", "reconstruct.iterations=300")),
+        )
+    )
+    assert trained > rounded
 
 
 @pytest.mark.parametrize(("recipe", "points"), [("aciq-paper-8w4a", 1.5), ("aciq-paper-4w4a", 3.0)])
@@ -79,7 +99,7 @@ def test_accuracy_of_the_papers_settings(recipe: str, points: float, data: Path)
     assert score(result.module, data) >= float_score(data) - points
 
 
-@pytest.mark.parametrize("recipe", ["minmax-int8", "aciq-4bit"])
+@pytest.mark.parametrize("recipe", ["minmax-int8", "aciq-4bit", "aciq-3bit"])
 def test_every_register_equals_the_reference(recipe: str, data: Path) -> None:
     program = compiled(data, recipe).artifact.integers
     images = first_images(data, 16)
