@@ -169,11 +169,18 @@ def calibration_for(
     seed: int,
 ) -> Batches | None:
     """The batches a recipe calibrates on; None where it does not calibrate."""
-    from .load import calibration_of
+    from .load import DEFAULT_IMAGES, calibration_of
 
     if not any(one.name == "calibrate" for one in recipe.passes):
         return None
-    return calibration_of(subject, data, images=images, batch_size=batch_size, seed=seed)
+    return calibration_of(
+        subject,
+        data,
+        images=images,
+        batch_size=batch_size,
+        seed=seed,
+        default=max(DEFAULT_IMAGES, *(one.wants_images for one in recipe.passes)),
+    )
 
 
 def _compiled(job: Job, plan: _Plan, reporter: Any) -> tuple[Result, Raised | None]:

@@ -130,14 +130,22 @@ class _Noise:
 
 
 def calibration_of(
-    subject: Subject, data: str | None, *, images: int | None, batch_size: int, seed: int
+    subject: Subject,
+    data: str | None,
+    *,
+    images: int | None,
+    batch_size: int,
+    seed: int,
+    default: int = DEFAULT_IMAGES,
 ) -> Batches:
     """The batches a network is calibrated on: ``data``, else what its file or zoo entry brings.
 
     Args:
         subject: The network.
         data: A path, ``random``, or None.
-        images: How many images to draw; None draws 512, and takes all of the model file's own.
+        images: How many images to draw; None draws the default, and takes all of the model file's
+            own.
+        default: How many images to draw where nobody says.
         batch_size: Images per batch.
         seed: Draws the images.
 
@@ -145,7 +153,7 @@ def calibration_of(
         CalibrationError: There is no data.
         DataError: It cannot be read as images of the network's shape.
     """
-    limit = images or DEFAULT_IMAGES
+    limit = images or default
     if data == RANDOM:
         if len(subject.model.example_inputs) != 1 or len(subject.shape) < 2:
             raise CalibrationError(

@@ -189,7 +189,7 @@ Images = Annotated[
         show_default=False,
         rich_help_panel=_DATA,
         min=1,
-        help="Images to draw for calibration; 512 if not given",
+        help="Images to draw for calibration; 512 if not given, or as many as the recipe uses",
     ),
 ]
 Eval = Annotated[

@@ -278,3 +278,13 @@ def test_threads(fxq: Fxq, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     assert fxq(*TINY, "--threads", "1").code == 0
     assert asked == [1]
+
+
+def test_as_many_images_as_the_recipe_uses(fxq: Fxq) -> None:
+    quick = ("--set", "reconstruct.iterations=1", "--set", "adaround.images=8")
+    done = fxq("compile", "digits/convnet", "-r", "best-4bit", *quick, "-o", "out")
+    assert done.code == 0, done.err
+    assert "calibrating on 1024 of 1347 images" in done.out
+    assert re.search(
+        r"^  placement +8-bit weights and inputs of the first and last", done.out, re.M
+    )
