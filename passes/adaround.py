@@ -113,7 +113,6 @@ class Adaround(Pass):
 
     def apply(self, program: Program, edit: Editor) -> None:
         """The layers have been rounded one after the other."""
-        self._check_options()
         inputs = fitting_images(program, self.images)
         checkpoint = Checkpoint(program, edit, self.options(), inputs)
         finished = checkpoint.load()
@@ -133,7 +132,8 @@ class Adaround(Pass):
         with checkpoint.keeping(lambda: finished) as keep_if_due:
             run_side_by_side(program, edit, visit, inputs)
 
-    def _check_options(self) -> None:
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, before anything runs."""
         if self.relaxed < 0 or self.refine_iterations < 0 or not self.damping >= 0:
             raise SpecError("relaxed, refine_iterations and damping must not be negative")
         self._annealing(self.iterations)

@@ -88,12 +88,12 @@ class Reconstruct(Pass):
 
     scope: Scope = Scope.NETWORK
     images: int = 1024
-    iterations: int = 1200
+    iterations: int = 2400
     batch_size: int = 64
     learning_rate: float = 0.004
     scale_learning_rate: float = 0.002
-    weight_scale_learning_rate: float = 0.0005
-    bias_learning_rate: float = 0.0005
+    weight_scale_learning_rate: float = 0.001
+    bias_learning_rate: float = 0.0002
     temperature: float = 4.0
     feature_weight: float = 3.0
     augmentation: Augmentation = Augmentation.FLIP_SHIFT
@@ -101,7 +101,6 @@ class Reconstruct(Pass):
 
     def apply(self, program: Program, edit: Editor) -> None:
         """The trained codes and scales are in the program."""
-        self._check_options()
         inputs = calibration_images(program, self.images)
         pair = TeacherAndStudent(program, edit, blocks=self.scope is Scope.BLOCK)
         if not pair.layers:
@@ -149,7 +148,8 @@ class Reconstruct(Pass):
         rising = min(1.0, (step + 1) / WARM_UP)
         return rising * 0.5 * (1 + math.cos(math.pi * step / self.iterations))
 
-    def _check_options(self) -> None:
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, before anything runs."""
         for name in ("images", "iterations", "batch_size"):
             if getattr(self, name) < 1:
                 raise SpecError(f"{name} must be at least 1", where=self.name)
