@@ -70,7 +70,8 @@ def kl_range(histogram: Histogram, bits: int, *, fused_relu: bool = False) -> tu
 def cross_entropy_range(logits: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The range of logits whose quantization has the smallest cross entropy to their softmax.
 
-    Large logits matter more here than small ones, which squared errors do not see. No pass of fxq
+    Large logits matter more here than small ones, which squared errors do not see. The search moves
+    one end after the other, so with few levels it may end in a neighbouring minimum. No pass of fxq
     uses it: the last layer's output stays in float.
 
     Args:
@@ -85,8 +86,8 @@ def cross_entropy_range(logits: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         CalibrationError: The logits are empty, not finite, or not two-dimensional.
 
     Example:
-        >>> low, high = cross_entropy_range(torch.tensor([[-40.0, 1.0, 2.0, 3.0]]), bits=2)
-        >>> bool(low > -40), round(high.item(), 1)
+        >>> low, high = cross_entropy_range(torch.tensor([[-40.0, 1.0, 2.0, 3.0]]), bits=3)
+        >>> bool(low > -10), round(high.item(), 1)
         (True, 3.0)
     """
     qmin, qmax = code_range(bits)

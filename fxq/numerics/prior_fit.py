@@ -30,6 +30,7 @@ def fitted_prior(prior: Prior, b: Tensor, sigma: Tensor) -> Prior:
         SpecError: A statistic is NaN, infinite or negative.
 
     Example:
+        >>> import torch
         >>> fitted_prior(Prior.FIT, torch.tensor(0.798), torch.tensor(1.0)).value
         'gauss'
     """
