@@ -89,6 +89,29 @@ class CalibrationData:
         return len(self._source) if isinstance(self._source, Sized) else None
 
 
+def is_batch_of(value: Any, images: int) -> bool:
+    """Whether an argument holds so many images; a mask for all of them does not."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == images
+
+
+def pieces(inputs: tuple[Any, ...], elements: int) -> Iterator[tuple[Any, ...]]:
+    """A batch of arguments, cut into pieces of about so many elements, of one image at least.
+
+    What is no batch of images goes with every piece.
+
+    Example:
+        >>> [len(x) for x, mask in pieces((torch.zeros(5, 4), torch.zeros(1, 4)), 8)]
+        [2, 2, 1]
+    """
+    images = batch_size(inputs)
+    batched = [is_batch_of(value, images) for value in inputs]
+    total = sum(v.numel() for v, is_batch in zip(inputs, batched, strict=True) if is_batch)
+    step = max(1, elements * images // max(1, total))
+    for start in range(0, max(1, images), step):  # an empty batch is one piece
+        end = start + step
+        yield tuple(v[start:end] if b else v for v, b in zip(inputs, batched, strict=True))
+
+
 def batch_size(batch: Any) -> int:
     """Images in a batch: the length of its first tensor."""
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch

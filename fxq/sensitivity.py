@@ -22,7 +22,7 @@ from torch import fx
 from fxq.contracts import tensors_of
 from fxq.errors import CalibrationError
 from fxq.graph.program import Program
-from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer
+from fxq.quant.quantizers import float_counterpart
 
 Change = Callable[..., Any]
 """What a node computes instead, from its arguments."""
@@ -53,11 +53,9 @@ class KeptRun(fx.Interpreter):
 
     def compute(self, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
         """What a node computes in float from these arguments."""
-        module = self._program.submodule(node)
-        if isinstance(module, ActivationQuantizer):
-            return args[0]
-        if isinstance(module, QuantizedLayer):
-            return module.layer(*args, **kwargs)
+        module = float_counterpart(self._program.submodule(node))
+        if module is not None:
+            return module(*args, **kwargs)
         return getattr(self, node.op)(node.target, args, kwargs)
 
     def damage(self, changes: Mapping[fx.Node, Change]) -> float:

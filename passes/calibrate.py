@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fxq.calibration import CalibrationData
+from fxq.calibration import CalibrationData, batch_size, is_batch_of, pieces
 from fxq.contracts import Contract
 from fxq.errors import CalibrationError
 from fxq.graph.program import Program
@@ -18,16 +18,16 @@ from fxq.pipeline import Pass
 from fxq.quant.observers import Observer
 
 SAMPLE_ELEMENTS = 5 * 2**17
-"""How many input elements are kept for passes that compare float and integers.
+"""How many input elements are kept, and losses of single layers are measured on.
 
-Four photographs of 224 x 224 pixels, two hundred images of 32 x 32. What such passes estimate are
+Four photographs of 224 x 224 pixels, two hundred images of 32 x 32. What is estimated on them are
 differences on the same image, which vary little from image to image.
 """
 
 PIECE_ELEMENTS = 2**21
 """Larger batches are run in pieces (13 photographs), so that their size does not cost memory."""
 
-_NO_DATA = "give fxq.compile a calibration loader, or fxq compile --calibration"
+NO_DATA = "give fxq.compile a calibration loader, or fxq compile --calibration"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Calibrate(Pass):
     """Every observer holds the statistics of the calibration batches, merged over all ranks.
 
     Batches are streamed, so memory does not depend on their number; only the first few images stay
-    with the program, for passes that compare float and integers. A batch is a tensor, a tuple of
+    with the program, to rank its layers on after the compilation. A batch is a tensor, a tuple of
     arguments, or ``(inputs, labels)``; what the model does not take is left out.
 
     Args:
@@ -54,7 +54,7 @@ class Calibrate(Pass):
     def apply(self, program: Program, edit: Editor) -> None:
         """The calibration batches are run through the graph once."""
         if program.calibration is None:
-            raise CalibrationError("there is no calibration data", hint=_NO_DATA)
+            raise CalibrationError("there is no calibration data", hint=NO_DATA)
         observers = [m for m in program.module.modules() if isinstance(m, Observer)]
         source = batches_of(program, program.calibration)
         total = self._total(program.calibration)
@@ -62,16 +62,17 @@ class Calibrate(Pass):
         _enable(observers, True)
         try:
             for inputs in itertools.islice(source, self.batches or None):
-                for piece in _pieces(inputs) if _mergeable(observers) else (inputs,):
+                whole = not _mergeable(observers) or not _all_batched(inputs)
+                for piece in (inputs,) if whole else pieces(inputs, PIECE_ELEMENTS):
                     _run(program, piece, count)
                 _keep(program, inputs)
                 count += 1
-                images += _batch_size(inputs)
+                images += batch_size(inputs)
                 program.report_progress("calibrate", count, total)
         finally:
             _enable(observers, False)
         if count == 0:
-            raise CalibrationError("0 batches were calibrated", hint=_NO_DATA)
+            raise CalibrationError("0 batches were calibrated", hint=NO_DATA)
         for observer in observers:
             observer.all_reduce_()
         edit.note(f"{count} batches, {images} images, {len(observers)} observers")
@@ -101,16 +102,9 @@ def _mergeable(observers: list[Observer]) -> bool:
     return all(getattr(observer, "momentum", None) is None for observer in observers)
 
 
-def _pieces(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """A batch in pieces small enough for the memory of a small one."""
-    sizes = {len(v) if isinstance(v, torch.Tensor) and v.dim() else 0 for v in inputs}
-    images = max(sizes, default=0)
-    step = max(1, PIECE_ELEMENTS * images // max(1, _elements(inputs)))
-    if len(sizes) != 1 or step >= images:
-        yield inputs
-        return
-    for start in range(0, images, step):
-        yield tuple(value[start : start + step] for value in inputs)
+def _all_batched(inputs: tuple[Any, ...]) -> bool:
+    """Whether every argument is a batch of as many images."""
+    return all(is_batch_of(value, batch_size(inputs)) for value in inputs)
 
 
 def _run(program: Program, inputs: tuple[Any, ...], position: int) -> None:
@@ -135,7 +129,7 @@ def _run(program: Program, inputs: tuple[Any, ...], position: int) -> None:
 def _keep(program: Program, inputs: tuple[Any, ...]) -> None:
     """The first inputs stay with the program, up to a fixed number of elements."""
     held = sum(_elements(batch) for batch in program.sample)
-    room = (SAMPLE_ELEMENTS - held) * _batch_size(inputs) // max(1, _elements(inputs))
+    room = (SAMPLE_ELEMENTS - held) * batch_size(inputs) // max(1, _elements(inputs))
     if room > 0 or not program.sample:
         program.sample.append(tuple(_first(value, max(room, 1)) for value in inputs))
 
@@ -166,11 +160,6 @@ def _check_finite(value: torch.Tensor, position: int) -> None:
 def _enable(observers: list[Observer], on: bool) -> None:
     for observer in observers:
         observer.enabled = on
-
-
-def _batch_size(inputs: tuple[Any, ...]) -> int:
-    first = inputs[0] if inputs else None
-    return int(first.shape[0]) if isinstance(first, torch.Tensor) and first.dim() else 1
 
 
 def _length(source: Iterable[Any]) -> int | None:

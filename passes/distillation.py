@@ -11,13 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
+from fxq.contracts import tensors_of
 from fxq.errors import SpecError
 from fxq.graph.cuts import cut_points
 from fxq.graph.program import Program
 from fxq.graph.rewrite import Editor
 from fxq.numerics.saturation import largest_pair_sum, pair_limit
 from fxq.quant.dynamic import DynamicAciqQuantizer
-from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer, rows
+from fxq.quant.quantizers import (
+    ActivationQuantizer,
+    QuantizedLayer,
+    float_counterpart,
+    rows,
+)
 from fxq.quant.trainable import TrainableLayer, TrainableQuantizer
 
 from .adaround import is_rounding
@@ -67,14 +73,14 @@ class TeacherAndStudent:
     def _replace(self, name: str) -> None:
         """The module of that name is float in the teacher and trainable in the student."""
         module = self._student.get_submodule(name)
-        if isinstance(module, QuantizedLayer):
-            _set(self._teacher, name, module.layer)
-            if is_rounding(module):
-                self.layers[name] = TrainableLayer(module, torch.ones_like(module.scale))
-                _set(self._student, name, self.layers[name])
+        in_float = float_counterpart(module)
+        if in_float is not None:
+            self._teacher.set_submodule(name, in_float)
+        if isinstance(module, QuantizedLayer) and is_rounding(module):
+            self.layers[name] = TrainableLayer(module, torch.ones_like(module.scale))
+            self._student.set_submodule(name, self.layers[name])
         if isinstance(module, ActivationQuantizer):
-            _set(self._teacher, name, nn.Identity())
-            _set(self._student, name, self._trainable(name, module))
+            self._student.set_submodule(name, self._trainable(name, module))
         if isinstance(module, DynamicAciqQuantizer):
             raise _per_tensor_only(name)
 
@@ -101,7 +107,7 @@ class TeacherAndStudent:
         """
         with torch.no_grad():
             wanted = self._teacher(*inputs)
-        outputs = list(zip(_tensors(wanted), _tensors(self._student(*inputs)), strict=True))
+        outputs = list(zip(tensors_of(wanted), tensors_of(self._student(*inputs)), strict=True))
         if not outputs:
             raise SpecError(
                 "the network has no float output that a copy could follow",
@@ -118,9 +124,9 @@ class TeacherAndStudent:
     def freeze(self, program: Program, edit: Editor) -> None:
         """What was learned is in the program."""
         for name, layer in self.layers.items():
-            _set(program.module, name, _safe(layer, edit))
+            program.module.set_submodule(name, _safe(layer, edit))
         for name, quantizer in self.quantizers.items():
-            _set(program.module, name, quantizer.frozen())
+            program.module.set_submodule(name, quantizer.frozen())
         for node in program.nodes():
             if str(node.target) in self.layers:
                 edit.hit(node)
@@ -171,11 +177,6 @@ def _is_layer(program: Program, node: fx.Node) -> bool:
     return isinstance(program.submodule(node), QuantizedLayer)
 
 
-def _set(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
-
-
 def _set_unit(layer: nn.Module, inputs: Any, output: Tensor) -> None:
     assert isinstance(layer, TrainableLayer)
     channels = output.shape[-1] if layer.source.fxq_kind == "linear" else output.shape[1]
@@ -187,13 +188,6 @@ def _set_unit(layer: nn.Module, inputs: Any, output: Tensor) -> None:
 def _remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """The float tensors of a network's output, in order."""
-    found: list[Tensor] = []
-    fx.node.map_aggregate(output, lambda v: found.append(v) if isinstance(v, Tensor) else None)
-    return [value for value in found if value.is_floating_point()]
 
 
 def _output_loss(wanted: Tensor, given: Tensor, temperature: float) -> Tensor:

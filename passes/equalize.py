@@ -21,7 +21,6 @@ Papers:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -29,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
+from fxq.calibration import pieces
 from fxq.contracts import Contract
 from fxq.errors import CalibrationError, SpecError
 from fxq.graph.channels import ChannelSpace, channel_spaces
@@ -241,10 +241,10 @@ def _groups(layer: Any) -> int:
 
 def _costs_nothing(program: Program, space: ChannelSpace) -> bool:
     """Whether only depthwise convolutions read the channels."""
-    return all(_is_depthwise(_layer(program, node)) for node in space.consumers)
+    return all(_reads_one_channel(_layer(program, node)) for node in space.consumers)
 
 
-def _is_depthwise(layer: Any) -> bool:
+def _reads_one_channel(layer: Any) -> bool:
     """Whether every weight of an output channel reads the same input channel."""
     return bool(layer.weight.shape[1] == 1)
 
@@ -267,8 +267,8 @@ def _observed(program: Program, spaces: list[ChannelSpace], images: int) -> list
     watched = {node: space for space in spaces for node in space.values if _is_read(program, node)}
     ranges = _Ranges(program, watched)
     inputs = calibration_images(program, images)
-    pieces = list(_pieces(inputs))
-    for done, piece in enumerate(pieces, start=1):
+    parts = list(pieces(inputs, PIECE_ELEMENTS))
+    for done, piece in enumerate(parts, start=1):
         try:
             ranges.run(*piece)
         except (RuntimeError, TypeError, IndexError, ValueError) as error:
@@ -276,7 +276,7 @@ def _observed(program: Program, spaces: list[ChannelSpace], images: int) -> list
                 f"the model fails on a calibration batch: {str(error).splitlines()[0]}",
                 hint="batches must look like the example input, batch size apart",
             ) from error
-        program.report_progress("equalize", done, len(pieces))
+        program.report_progress("equalize", done, len(parts))
     return [_checked(ranges.found[space]) for space in spaces]
 
 
@@ -303,22 +303,6 @@ class _Ranges(fx.Interpreter):
 def _is_read(program: Program, node: fx.Node) -> bool:
     """Whether integers are computed with a value, so that it has a scale."""
     return any(describe(user, program.module).kind in _READS_CODES for user in node.users)
-
-
-def _pieces(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """Images a few at a time; what is no batch of them goes with every piece."""
-    if not isinstance(inputs[0], torch.Tensor):
-        yield inputs
-        return
-    count = len(inputs[0])
-    step = max(1, PIECE_ELEMENTS * count // max(1, inputs[0].numel()))
-    for start in range(0, count, step):
-        yield tuple(
-            value[start : start + step]
-            if isinstance(value, torch.Tensor) and value.dim() and len(value) == count
-            else value
-            for value in inputs
-        )
 
 
 def _checked(ranges: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from fxq.errors import CalibrationError
 from fxq.graph.program import Program
 
-from .calibrate import batches_of
+from .calibrate import NO_DATA, batches_of
 
 
 def calibration_images(program: Program, count: int, *, elements: int = 0) -> tuple[Any, ...]:
@@ -27,10 +27,7 @@ def calibration_images(program: Program, count: int, *, elements: int = 0) -> tu
         CalibrationError: There is no calibration data.
     """
     if program.calibration is None:
-        raise CalibrationError(
-            "there is no calibration data",
-            hint="give fxq.compile a calibration loader, or fxq compile --calibration",
-        )
+        raise CalibrationError("there is no calibration data", hint=NO_DATA)
     batches: list[tuple[Any, ...]] = []
     held = wanted = 0
     for inputs in batches_of(program, program.calibration):

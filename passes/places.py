@@ -89,18 +89,18 @@ def _layers_deciding(program: Program, regions: Regions, node: fx.Node) -> list[
     """The layers whose bits a value has: those that multiply it, or the one that made it."""
     own = facts(node).bits_of
     if own is None:
-        return _layers_reading(regions, node)
+        return layers_reading(regions, node)
     return [program.node(own)] if regions.is_anchor(program.node(own)) else []
 
 
-def _layers_reading(regions: Regions, node: fx.Node) -> list[fx.Node]:
+def layers_reading(regions: Regions, node: fx.Node) -> list[fx.Node]:
     """The layers that multiply a value, also through concatenations that share its scale."""
     found: list[fx.Node] = []
     for user in regions.consumers(node):
         if regions.is_anchor(user):
             found.append(user)
         elif regions.kind(user) is Kind.CAT:
-            found += _layers_reading(regions, user)
+            found += layers_reading(regions, user)
     return found
 
 

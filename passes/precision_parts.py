@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxq.graph.ops import Kind
 from fxq.graph.program import Program, facts
 from fxq.graph.regions import Regions
 from fxq.numerics.affine import code_range, fake_quantize, grid_from_range
@@ -22,6 +21,8 @@ from fxq.numerics.clipping import mse_clip_from_histogram, mse_weight_scale
 from fxq.quant.observers import HistogramObserver, Observer
 from fxq.quant.quantizers import ActivationQuantizer, from_rows, output_channels, rows
 from fxq.sensitivity import Change, KeptRun
+
+from .places import Place, layers_reading, observed_places
 
 
 @dataclass
@@ -209,40 +210,25 @@ def _weights(program: Program, nodes: list[fx.Node]) -> Weights:
 def _values_read(program: Program, free: set[fx.Node]) -> Iterator[tuple[Values, list[fx.Node]]]:
     """Values that share an observer, with the free layers that multiply one of them."""
     regions = Regions(program)
-    groups: dict[str, list[fx.Node]] = {}
-    for node in regions.ops:
-        if regions.kind(node) is Kind.OBSERVER and facts(node).observes is not None:
-            groups.setdefault(str(node.target), []).append(node)
-    for nodes in groups.values():
-        readers = [one for node in nodes for one in _layers_reading(regions, node) if one in free]
+    for group in observed_places(program, regions, set(), bits_for=lambda layers: 8):
+        readers = [n for place in group for n in layers_reading(regions, place.observer)]
+        readers = [node for node in readers if node in free]
         if readers:
-            yield _values(program, nodes), readers
+            yield _values(program, group), readers
 
 
-def _layers_reading(regions: Regions, node: fx.Node) -> Iterator[fx.Node]:
-    """The layers that multiply a value, also through concatenations that share its scale."""
-    for user in regions.consumers(node):
-        if regions.is_anchor(user):
-            yield user
-        elif regions.kind(user) is Kind.CAT:
-            yield from _layers_reading(regions, user)
-
-
-def _values(program: Program, nodes: list[fx.Node]) -> Values:
-    carriers = [program.node(str(facts(node).observes)) for node in nodes]
-    fused = [facts(carrier).fused_relu for carrier in carriers]
-    relus = [None if name is None else program.node(name) for name in fused]
-    bounds = [
-        facts(carrier if relu is None else relu).upper
-        for carrier, relu in zip(carriers, relus, strict=True)
-    ]
-    observer: Any = program.submodule(nodes[0])
+def _values(program: Program, group: list[Place]) -> Values:
+    fused = [facts(place.carrier).fused_relu for place in group]
+    observer: Any = program.submodule(group[0].observer)
     return Values(
-        nodes=[node if relu is None else relu for node, relu in zip(nodes, relus, strict=True)],
+        nodes=[
+            place.observer if relu is None else program.node(relu)
+            for place, relu in zip(group, fused, strict=True)
+        ],
         observer=observer,
-        relu=all(r is not None or facts(c).nonneg for c, r in zip(carriers, relus, strict=True)),
-        upper=None if None in bounds else max(bound for bound in bounds if bound is not None),
-        size=sum(_elements(node) for node in nodes),
+        relu=group[0].relu,
+        upper=group[0].upper,
+        size=sum(_elements(place.observer) for place in group),
     )
 
 

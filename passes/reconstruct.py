@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fxq.calibration import is_batch_of
 from fxq.contracts import Contract
 from fxq.errors import SpecError
 from fxq.graph.program import Program
@@ -240,5 +241,6 @@ class _Batches:
         return tuple(self._drawn(value, chosen) for value in self._inputs)
 
     def _drawn(self, value: Any, chosen: Tensor) -> Any:
-        is_batch = isinstance(value, Tensor) and value.dim() and len(value) == self._images
-        return augmented(value[chosen], self._how, self.generator) if is_batch else value
+        if not is_batch_of(value, self._images):
+            return value
+        return augmented(value[chosen], self._how, self.generator)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxq.calibration import pieces
 from fxq.graph.program import Program, facts
 from fxq.graph.rewrite import Editor
-from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer
+from fxq.quant.quantizers import QuantizedLayer, float_counterpart
 
 from .images import calibration_images
 
@@ -80,7 +81,7 @@ def run_side_by_side(
         visit: Called with each layer before its output is computed; it may change the layer.
         inputs: The arguments of the model, as `fitting_images` gives them.
     """
-    chunks = _chunks(inputs)
+    chunks = list(pieces(inputs, CHUNK_ELEMENTS))
     run = _SideBySide(program, edit, visit, _shared_layers(program, edit), len(chunks))
     run.run(*(_Live([_Pair(v, v) for v in column]) for column in zip(*chunks, strict=True)))
 
@@ -142,13 +143,11 @@ class _SideBySide(fx.Interpreter):
         self._program.report_progress(self._edit.origin, self._visited, len(self._to_visit))
 
     def _pair(self, n: fx.Node, args: Any, kwargs: Any, chunk: int) -> _Pair:
-        module = self._program.submodule(n)
         ours, theirs = (_of((args, kwargs), side, chunk) for side in ("quantized", "float"))
         quantized = getattr(self, n.op)(n.target, *ours)
-        if isinstance(module, ActivationQuantizer):
-            return _Pair((*theirs[0], *theirs[1].values())[0], quantized)
-        if isinstance(module, QuantizedLayer):
-            return _Pair(module.layer(*theirs[0], **theirs[1]), quantized)
+        module = float_counterpart(self._program.submodule(n))
+        if module is not None:
+            return _Pair(module(*theirs[0], **theirs[1]), quantized)
         return _Pair(getattr(self, n.op)(n.target, *theirs), quantized)
 
 
@@ -157,19 +156,6 @@ def _of(value: Any, side: str, chunk: int) -> Any:
     return fx.node.map_aggregate(
         value, lambda v: getattr(v.chunks[chunk], side) if isinstance(v, _Live) else v
     )
-
-
-def _chunks(inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """The arguments in chunks of images; what is no batch goes to every chunk."""
-    first = inputs[0]
-    images = len(first) if isinstance(first, torch.Tensor) and first.dim() else 0
-    batched = [isinstance(v, torch.Tensor) and v.dim() > 0 and len(v) == images for v in inputs]
-    total = sum(v.numel() for v, is_batch in zip(inputs, batched, strict=True) if is_batch)
-    step = max(1, CHUNK_ELEMENTS * images // max(1, total))
-    return [
-        tuple(v[at : at + step] if b else v for v, b in zip(inputs, batched, strict=True))
-        for at in range(0, images, step)
-    ] or [inputs]
 
 
 def _peak_elements(program: Program) -> int:

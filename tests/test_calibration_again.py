@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxq.calibration import CalibrationData, batch_size
+from fxq.calibration import CalibrationData, batch_size, pieces
 from fxq.errors import CalibrationError
 
 
@@ -58,3 +58,16 @@ def test_what_is_no_source_of_batches_is_refused(source: object) -> None:
 def test_the_size_of_a_batch_is_that_of_its_first_tensor() -> None:
     assert batch_size((torch.zeros(5, 2), torch.zeros(5))) == 5
     assert batch_size(torch.zeros(())) == 1
+
+
+def test_pieces_are_the_batch_in_order_and_a_mask_goes_with_each() -> None:
+    images, mask = torch.arange(14.0).reshape(7, 2), torch.ones(1, 2)
+    cut = list(pieces((images, mask, "a flag"), 6))
+    assert [len(part) for part, _, _ in cut] == [3, 3, 1]
+    assert torch.equal(torch.cat([part for part, _, _ in cut]), images)
+    assert all(own is mask and flag == "a flag" for _, own, flag in cut)
+
+
+def test_large_images_come_one_by_one_and_an_empty_batch_as_it_is() -> None:
+    assert [len(part) for (part,) in pieces((torch.zeros(3, 100),), 10)] == [1, 1, 1]
+    assert [len(part) for (part,) in pieces((torch.zeros(0, 100),), 10)] == [0]

@@ -91,8 +91,7 @@ class Program:
         example_inputs: One batch of inputs, used for shapes.
         probe: The batch on which contracts are checked and errors measured.
         calibration: Batches the `calibrate` pass reads, and those that optimize; or None.
-        sample: A few calibration batches, kept by `calibrate` for passes that compare float and
-            integers.
+        sample: A few calibration batches, kept by `calibrate` to rank the layers on afterwards.
         overrides: Per-layer options, in the order they apply (a later one wins).
         passes_run: Names of the passes that have run.
         recipe: Name of the recipe, for messages.

@@ -80,8 +80,7 @@ class Editor:
 
     def replace_module(self, node: fx.Node, module: nn.Module) -> None:
         """The node calls another module under the same name."""
-        parent, _, leaf = str(node.target).rpartition(".")
-        setattr(self.program.module.get_submodule(parent), leaf, module)
+        self.program.module.set_submodule(str(node.target), module)
 
     def reroute(
         self, old: fx.Node, new: fx.Node, where: Callable[[fx.Node], bool] | None = None

@@ -163,6 +163,17 @@ class QuantizedLayer(nn.Module):
         return self.describe()
 
 
+def float_counterpart(module: nn.Module | None) -> nn.Module | None:
+    """What a quantized module computes in float: a layer itself, a quantizer the identity.
+
+    Returns:
+        None for every other module, which computes the same in both.
+    """
+    if isinstance(module, QuantizedLayer):
+        return module.layer
+    return nn.Identity() if getattr(module, "fxq_kind", None) == "quantizer" else None
+
+
 def along_channels(
     layer: QuantizedLayer, values: torch.Tensor, output: torch.Tensor
 ) -> torch.Tensor:

@@ -49,7 +49,14 @@ def means(program: Program, images: Tensor) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("one", [QuantizeAciq(weight_bits=3), QuantizeMinmax(weight_bits=2)])
+@pytest.mark.parametrize(
+    "one",
+    [
+        QuantizeAciq(weight_bits=3),
+        QuantizeAciq(weight_bits=3, dynamic=True),
+        QuantizeMinmax(weight_bits=2),
+    ],
+)
 def test_every_layer_keeps_its_mean(one: Any, run_passes: Any, deep: Any, images: Tensor) -> None:
     ran = run_passes([*BEFORE, one, CorrectBias()], deep, images[:2], calibration=[images])
     plain = run_passes([*BEFORE, one], deep, images[:2], calibration=[images])
