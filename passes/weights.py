@@ -21,6 +21,7 @@ from enum import StrEnum
 
 import torch
 
+from fxq.errors import SpecError
 from fxq.numerics.affine import short_scale
 from fxq.numerics.allocation import Allocation, channel_bits
 from fxq.numerics.bias_correction import spread_ratio
@@ -79,6 +80,9 @@ class WeightScheme:
         allocation: How bits are spread over channels; not in layers of 8 bits.
         level_set: What codes are chosen from; uniform where a set's levels do not fit int8, and in
             layers of 8 bits.
+
+    Raises:
+        SpecError: Lloyd levels, which only `quantize-apot` has.
     """
 
     weight_range: WeightRange = WeightRange.ABSMAX
@@ -86,6 +90,13 @@ class WeightScheme:
     bias_correction: BiasCorrection = BiasCorrection.NONE
     allocation: Allocation = Allocation.NONE
     level_set: LevelSet = LevelSet.UNIFORM
+
+    def __post_init__(self) -> None:
+        if self.level_set is LevelSet.LLOYD:
+            raise SpecError(
+                "lloyd levels are for training, not for weights quantized after it",
+                hint="set level_set = uniform, apot, pot or auto; or use quantize-apot",
+            )
 
     def codes(self, weight: torch.Tensor, bits: int) -> WeightCodes:
         """Codes for ``weight: [out, in/groups * k]`` float64 of 2 to 8 bits.

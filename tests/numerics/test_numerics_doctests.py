@@ -16,6 +16,9 @@ MODULES = (
     "metrics",
     "histogram",
     "residual",
+    "levels",
+    "learned_clip",
+    "lloyd",
 )
 
 

@@ -110,8 +110,16 @@ AWKWARD = torch.tensor(
 ).double()
 
 
+SETS = [kind for kind in LevelSet if kind is not LevelSet.LLOYD]
+
+
+def test_lloyd_levels_are_for_training(quantized: Any) -> None:
+    with pytest.raises(SpecError, match="lloyd levels are for training"):
+        quantized(QuantizeClipped(weight_bits=4, level_set=LevelSet.LLOYD))
+
+
 @pytest.mark.parametrize("correction", list(BiasCorrection))
-@pytest.mark.parametrize("kind", list(LevelSet))
+@pytest.mark.parametrize("kind", SETS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_awkward_channels(correction: BiasCorrection, kind: LevelSet, bits: int) -> None:
     """Constant, dead, with an outlier, of one sign; and single taps."""
@@ -168,7 +176,7 @@ def test_each_layer_gets_the_set_of_the_smallest_error(quantized: Any, deep: Any
     assert notes[1] in ("w4 apot", "w4 pot")
     for weight in (done.before("body_0"), done.before("body_2")):
         errors = {}
-        for kind in LevelSet:
+        for kind in SETS:
             found = WeightScheme(WeightRange.MSE, level_set=kind).codes(weight, 4)
             values = found.codes * found.scale.unsqueeze(1)
             errors[kind] = float((values - weight).square().mean())
