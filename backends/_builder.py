@@ -121,6 +121,18 @@ class Builder:
             lambda values: kernels.quantize(values[source].dequantize(), scale, zero_point),
         )
 
+    def lookup(self, step: Instruction) -> Run:
+        source = step.inputs[0]
+        scale, zero_point = self.label(step.name)
+        table = self.program.tensor(step, "table").roll(self.offsets[source])
+        table = table + self.offsets[step.name]
+
+        def run(values: dict[str, Any]) -> torch.Tensor:
+            codes = kernels.looked_up(kernels.unwrap(values[source]), table)
+            return kernels.wrap(codes, scale, zero_point)
+
+        return run
+
     def fake_quantize(self, step: Instruction) -> Run:
         source, run = step.inputs[0], fake_quantizer(self.program, step)
         return lambda values: run(values[source])
@@ -308,6 +320,7 @@ _BUILDERS: dict[str, Callable[[Builder, Instruction], Run]] = {
     "quantize": Builder.quantize,
     "dequantize": Builder.dequantize,
     "requantize": Builder.requantize,
+    "lookup": Builder.lookup,
     "fake_quantize": Builder.fake_quantize,
     "dynamic_quantize": Builder.dynamic_quantize,
     "conv": Builder.conv,

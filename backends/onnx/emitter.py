@@ -43,7 +43,7 @@ INT2_OPSET = 25
 """The first opset with 2-bit types."""
 
 
-MOVES = frozenset(["max_pool", "cat", "pad", "relu", "reshape", "requantize"])
+MOVES = frozenset(["max_pool", "cat", "pad", "relu", "reshape", "requantize", "lookup"])
 """Instructions with operators on codes."""
 
 ISLANDS = frozenset(["float", "module", "constant"])

@@ -33,6 +33,7 @@ RULES: dict[str, Callable[[Emitter, Instruction], None]] = {
     "linear": layers.linear,
     "add": layers.add,
     "global_avg_pool": layers.global_avg_pool,
+    "lookup": moves.lookup,
     "max_pool": moves.max_pool,
     "cat": moves.cat,
     "pad": moves.pad,

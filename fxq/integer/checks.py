@@ -143,6 +143,14 @@ def _check_tops(top: torch.Tensor, zero_point: torch.Tensor, bits: int) -> None:
         raise ValueError("the largest code of a channel is impossible")
 
 
+def _lookup(program: IntegerProgram, step: Instruction) -> None:
+    table = program.tensor(step, "table")
+    if table.dtype != torch.uint8 or table.shape != (256,):
+        raise ValueError(f"its table is {table.dtype} {list(table.shape)}")
+    if step.grid is not None and int(table.max()) > step.grid.top:
+        raise ValueError(f"its table has codes above {step.grid.top}")
+
+
 def _dynamic_quantize(program: IntegerProgram, step: Instruction) -> None:
     try:
         dynamic_quantizer(step)
@@ -224,6 +232,7 @@ def _integers(step: Instruction, name: str, count: int, low: int) -> None:
 
 
 _CHECKS: dict[str, Callable[[IntegerProgram, Instruction], None]] = {
+    "lookup": _lookup,
     "fake_quantize": _fake_quantize,
     "dynamic_quantize": _dynamic_quantize,
     "conv": _conv,

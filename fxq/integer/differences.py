@@ -29,6 +29,7 @@ _KINDS = {
     "add": Kind.ADD,
     "quantize": Kind.QUANTIZE,
     "requantize": Kind.QUANTIZE,
+    "lookup": Kind.QUANTIZE,
     "dequantize": Kind.QUANTIZE,
     "fake_quantize": Kind.QUANTIZE,
     "dynamic_quantize": Kind.FLOAT,

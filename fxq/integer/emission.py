@@ -69,7 +69,7 @@ class Emission:
             node.name, op, inputs, attributes or {}, tensors or {}, grid, sources
         )
         self.values[node] = Value(register, grid)
-        if grid is not None and op not in ("quantize", "requantize"):
+        if grid is not None and op not in ("quantize", "requantize", "lookup"):
             self.record(node, "int8", "")
 
     def emit_register(

@@ -52,7 +52,7 @@ def integer_layer(module: QuantizedLayer, grid: Grid) -> IntegerLayer:
     layer: Any = module.layer
     codes, scale = module.codes, module.scale
     bias = module.bias
-    codes, scale = _room_for_bias(layer, codes, scale, bias, grid)
+    codes, scale = room_for_bias(layer, codes, scale, bias, grid)
     return IntegerLayer(
         weight=codes.contiguous(),
         scale=scale,
@@ -120,10 +120,13 @@ def float_bias(bias: torch.Tensor, unit: torch.Tensor) -> tuple[torch.Tensor, to
     return best, exact
 
 
-def _room_for_bias(
+def room_for_bias(
     layer: nn.Module, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Channels whose bias dwarfs their weights (dead ones above all) get a larger scale."""
+    """Codes and scales with which every bias fits its limit.
+
+    Channels whose bias dwarfs their weights (dead ones above all) get a larger scale.
+    """
     needed = bias.double().abs() / (grid.scale * (BIAS_LIMIT - 8))
     small = scale.double() < needed
     if not bool(small.any()):

@@ -31,9 +31,20 @@ from fxq.integer.layers import (
     is_supported,
 )
 from fxq.integer.ledger import Ledger, removed_by_passes
+from fxq.integer.levels import finest_grid, level_grid, level_table
 from fxq.integer.program import Grid, IntegerProgram, examples_of
+from fxq.integer.targets import (
+    Target,
+    fused_relu,
+    grid_of,
+    kernel_relu,
+    only_quantizer,
+    settled,
+    target_after,
+)
+from fxq.integer.thresholds import level_layer
 from fxq.quant.dynamic import DynamicAciqQuantizer
-from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer
+from fxq.quant.quantizers import ActivationQuantizer, LevelQuantizer, QuantizedLayer
 from fxq.trail.journal import Journal
 
 
@@ -86,13 +97,36 @@ class Lowering(Emission):
         if isinstance(module, ActivationQuantizer) and module.per_channel:
             self._fake_quantizer(node, module, self.as_float(op.inputs[0]))
             return
-        grid = _grid(module)
+        if isinstance(module, LevelQuantizer):
+            self._level_quantizer(node, module, value)
+            return
+        grid = grid_of(module)
         if value.grid == grid:
             self.values[node] = value
         elif value.grid is not None:
             self.emit(node, "requantize", (value.register,), grid=grid)
         else:
             self.emit(node, "quantize", (value.register,), grid=grid)
+
+    def _level_quantizer(self, node: fx.Node, module: LevelQuantizer, value: Value) -> None:
+        """Levels of codes that are there already, or of a float on the finest grid there is."""
+        register, grid = value.register, value.grid
+        if grid is None:
+            register, grid = self.new_name(f"{node.name}_fine"), finest_grid(module)
+            self.emit_register(
+                register, "quantize", (value.register,), {}, grid=grid, sources=(node.name,)
+            )
+        self.values[node] = self._looked_up(node, module, register, level_table(module, grid))
+
+    def _looked_up(
+        self, node: fx.Node, module: LevelQuantizer, register: str, table: torch.Tensor
+    ) -> Value:
+        """The levels that a table has for codes, in a register of the quantizer's name."""
+        grid, names = level_grid(module), self.store(node.name, {"table": table})
+        sources = (node.name,)
+        return Value(
+            self.emit_register(node.name, "lookup", (register,), {}, names, grid, sources), grid
+        )
 
     def _fake_quantizer(self, node: fx.Node, module: ActivationQuantizer, register: str) -> None:
         """One scale per channel: the value stays a float, of which layers in float compute."""
@@ -106,16 +140,18 @@ class Lowering(Emission):
 
     def _layer(self, node: fx.Node, op: Op) -> None:
         source = self.values[op.inputs[0]]
-        target = self._quantizer_after(node)
-        grid = None if target is None else _grid(self.program.submodule(target))
-        why = self._why_no_integers(node, op, grid)
+        target = target_after(self.program, node, floors=True)
+        why = self._why_no_integers(node, op, target)
         if isinstance(op.module, QuantizedLayer) and self._uses_dequantized(op.module, why):
             register = self.as_float(op.inputs[0])
             tensors = dequantized_layer(op.module)
-            self._with_geometry(node, op.module, Value(register), tensors, None, None, why)
+            self._with_geometry(node, op.module, Value(register), tensors, None, why)
         elif isinstance(op.module, QuantizedLayer) and source.grid is not None and not why:
-            tensors = integer_layer(op.module, source.grid).tensors()
-            self._with_geometry(node, op.module, source, tensors, target, grid)
+            if target is None or target.levels is None:
+                layer = integer_layer(op.module, source.grid)
+            else:
+                layer = level_layer(op.module, source.grid, target.levels, target.grid)
+            self._with_geometry(node, op.module, source, layer.tensors(), target)
         else:
             self.emit_float(node, op, facts(node).skip or why)
 
@@ -124,7 +160,7 @@ class Lowering(Emission):
         simulated = self.program.simulation and bool(why) and is_supported(module)
         return simulated or why in _SIMULATED
 
-    def _why_no_integers(self, node: fx.Node, op: Op, grid: Grid | None) -> str:
+    def _why_no_integers(self, node: fx.Node, op: Op, target: Target | None) -> str:
         """What keeps a layer from integer kernels; empty where nothing does."""
         source = self.values[op.inputs[0]]
         if source.grid is None and not source.rounded:
@@ -135,9 +171,9 @@ class Lowering(Emission):
             return source.rounded
         if could_overflow(op.module):
             return "its sums could leave 32 bits"
-        if grid is not None or op.kind is not Kind.CONV:
+        if target is not None or op.kind is not Kind.CONV:
             return ""
-        quantizer = self._only_quantizer(node)
+        quantizer = only_quantizer(self.program, node)
         if quantizer is None:
             return "its output has no scale"
         is_static = isinstance(self.program.submodule(quantizer), ActivationQuantizer)
@@ -149,18 +185,19 @@ class Lowering(Emission):
         module: QuantizedLayer,
         source: Value,
         tensors: dict[str, torch.Tensor],
-        target: fx.Node | None,
-        grid: Grid | None,
+        target: Target | None,
         why: str = "",
     ) -> None:
         """Emit a convolution or linear of these tensors."""
-        attributes: dict[str, Any] = {"relu": self._kernel_relu(node, grid) is not None}
+        grid = None if target is None else target.grid
+        relu = kernel_relu(self.program, node, grid)
+        attributes: dict[str, Any] = {"relu": relu is not None}
         register, name = source.register, "linear"
         if not isinstance(module.layer, nn.Linear):
             name = "conv"
             attributes |= conv_geometry(module.layer)
             register = self._padded(node, source, attributes.pop("pad_before"))
-        self._computed(node, name, (register,), attributes, tensors, target, grid, why)
+        self._computed(node, name, (register,), attributes, tensors, target, why)
 
     def _padded(self, node: fx.Node, source: Value, before: tuple[int, ...]) -> str:
         """What a convolution reads, padded where it does not pad both ends alike."""
@@ -170,35 +207,50 @@ class Lowering(Emission):
         if source.grid is not None:
             return self.emit_register(name, "pad", inputs, {"pad": before}, grid=source.grid)
         arguments = (Register(source.register), before)
-        call: dict[str, Any] = {"target": target_of(F.pad), "arguments": arguments, "keywords": {}}
+        call: dict[str, Any] = {
+            "target": target_of(F.pad),
+            "arguments": arguments,
+            "keywords": {},
+        }
         return self.emit_register(name, "float", inputs, call)
 
     def _computed(
         self,
         node: fx.Node,
-        name: str,
+        op: str,
         inputs: tuple[str, ...],
         attributes: dict[str, Any],
         tensors: dict[str, torch.Tensor],
-        target: fx.Node | None,
-        grid: Grid | None,
+        target: Target | None,
         why_float: str = "",
     ) -> None:
         """Emit an instruction for a node together with its fused ReLU and its quantizer."""
-        relu = self._kernel_relu(node, grid)
+        grid = None if target is None else target.grid
+        relu = kernel_relu(self.program, node, grid)
         fused = [node] + ([relu] if relu is not None else [])
-        sources = tuple(one.name for one in fused)
-        register = self.emit_register(
-            node.name, name, inputs, attributes, self.store(node.name, tensors), grid, sources
-        )
-        upper = facts(relu).upper if relu is not None else None
-        if relu is not None and grid is not None and upper is not None:
-            register = self._bounded(relu, register, grid, grid.code_of(upper))
-        for one in (*fused, *([target] if target is not None else [])):
-            self.values[one] = Value(register, grid)
+        is_fine = target is not None and target.levels is not None
+        name = self.new_name(f"{node.name}_fine") if is_fine else node.name
+        names, sources = self.store(node.name, tensors), tuple(one.name for one in fused)
+        self.emit_register(name, op, inputs, attributes, names, grid, sources)
+        value = self._rounded(relu, name, target)
+        for one in (*fused, *([target.node] if target is not None else [])):
+            self.values[one] = value
         self.record(node, "float" if why_float else "int8", why_float)
         if relu is not None:
             self.record(relu, "folded", f"runs in the kernel of %{node.name}")
+
+    def _rounded(self, relu: fx.Node | None, register: str, target: Target | None) -> Value:
+        """What a kernel wrote, as its quantizer has it, below the bound of a ReLU6."""
+        if target is None:
+            return Value(register)
+        upper = facts(relu).upper if relu is not None else None
+        if target.levels is not None:
+            table = level_table(target.levels, target.grid, floors=target.floors, upper=upper)
+            return self._looked_up(target.node, target.levels, register, table)
+        grid = target.grid
+        if relu is not None and upper is not None:
+            register = self._bounded(relu, register, grid, grid.code_of(upper))
+        return Value(register, grid)
 
     def _bounded(self, relu: fx.Node, register: str, grid: Grid, top: int) -> str:
         """Codes that a ReLU6 also bounds from above, where the grid goes beyond its bound."""
@@ -208,30 +260,29 @@ class Lowering(Emission):
 
     def _add(self, node: fx.Node, op: Op) -> None:
         values = [self.values[source] for source in op.inputs]
-        target = self._quantizer_after(node)
-        if target is None or any(value.grid is None for value in values):
+        grids = [value.grid for value in values if value.grid is not None]
+        target = target_after(self.program, node)
+        if target is None or len(grids) < len(values):
             self.emit_float(node, op, "an addend or the sum has no single scale")
             return
-        attributes = {"relu": self._fused_relu(node) is not None}
+        relu = fused_relu(self.program, node) is not None
         registers = tuple(value.register for value in values)
-        grid = _grid(self.program.submodule(target))
-        self._computed(node, "add", registers, attributes, {}, target, grid)
+        target = settled(target, grids, relu)
+        self._computed(node, "add", registers, {"relu": relu}, {}, target)
 
     def _average(self, node: fx.Node, op: Op) -> None:
         value = self.values[op.inputs[0]]
-        target = self._quantizer_after(node)
+        target = target_after(self.program, node)
         shape = facts(op.inputs[0]).shape or ()
         if value.grid is None or target is None or len(shape) != 4:
             self.emit_float(node, op, "its input or its result has no single scale")
             return
-        grid = _grid(self.program.submodule(target))
         if op.kind is Kind.GLOBAL_AVG_POOL:
             attributes = {"keepdim": op.attributes["keepdim"]}
-            self._computed(node, "global_avg_pool", (value.register,), attributes, {}, target, grid)
+            self._computed(node, "global_avg_pool", (value.register,), attributes, {}, target)
             return
         layer, attributes = average_layer(int(shape[1]), op.attributes)
-        tensors = layer.tensors()
-        self._computed(node, "conv", (value.register,), attributes, tensors, target, grid)
+        self._computed(node, "conv", (value.register,), attributes, layer.tensors(), target)
 
     def _cat(self, node: fx.Node, op: Op) -> None:
         values = [self.values[source] for source in op.inputs]
@@ -279,33 +330,6 @@ class Lowering(Emission):
     def _float(self, node: fx.Node, op: Op) -> None:
         self.emit_float(node, op, facts(node).skip or op.reason or "no integer form")
 
-    # ---- plumbing ----------------------------------------------------------------------------
-
-    def _fused_relu(self, node: fx.Node) -> fx.Node | None:
-        name = facts(node).fused_relu
-        return self.program.node(name) if name is not None else None
-
-    def _kernel_relu(self, node: fx.Node, grid: Grid | None) -> fx.Node | None:
-        """The fused ReLU that a kernel computes; one that is bounded needs a grid to end it."""
-        relu = self._fused_relu(node)
-        bounded = relu is not None and facts(relu).upper is not None
-        return None if grid is None and bounded else relu
-
-    def _quantizer_after(self, node: fx.Node) -> fx.Node | None:
-        """The quantizer with one scale that alone reads a node, or its fused ReLU."""
-        user = self._only_quantizer(node)
-        module = None if user is None else self.program.submodule(user)
-        has_grid = isinstance(module, ActivationQuantizer) and not module.per_channel
-        return user if has_grid else None
-
-    def _only_quantizer(self, node: fx.Node) -> fx.Node | None:
-        """The quantizer that alone reads a node, or its fused ReLU."""
-        users = list((self._fused_relu(node) or node).users)
-        if len(users) != 1:
-            return None
-        kind = describe(users[0], self.program.module).kind
-        return users[0] if kind is Kind.QUANTIZER else None
-
 
 _READS_CHANNELS = "its input is quantized per channel, which no integer kernel multiplies"
 _WRITES_CHANNELS = "its output is quantized per channel, which no integer kernel rounds to"
@@ -348,8 +372,3 @@ def lower_to_integers(
     for entry in removed_by_passes(program, journal):
         entries.setdefault(entry.node, entry)
     return result, Ledger(tuple(entries.values()))
-
-
-def _grid(module: nn.Module | None) -> Grid:
-    assert isinstance(module, ActivationQuantizer)
-    return Grid(float(module.scale), int(module.zero_point), module.bits)

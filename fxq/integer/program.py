@@ -8,6 +8,7 @@ to even, ``clamp`` is to the codes of the grid, from the zero point up where a R
 quantize         ``clamp(rint(f32(x / scale)) + zero_point)``, as ONNX's QuantizeLinear
 dequantize       ``scale * (q - zero_point)``, exact in float32
 requantize       ``quantize(dequantize(q))``
+lookup           ``table[q]``, from a table of 256 codes
 fake_quantize    ``dequantize(quantize(x))`` with a scale and a zero point per channel, and a
                  largest code per channel where channels have bits of their own; a float
 dynamic_quantize ``DynamicAciqQuantizer``: the same on the range of this very batch; a float
@@ -58,6 +59,7 @@ OPS = frozenset(
         "quantize",
         "dequantize",
         "requantize",
+        "lookup",
         "fake_quantize",
         "dynamic_quantize",
         "conv",

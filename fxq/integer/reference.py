@@ -72,6 +72,10 @@ class Reference:
     def _requantize(self, step: Instruction, values: Any, grids: Any) -> torch.Tensor:
         return _to_codes(self._dequantize(step, values, grids), _grid(step))
 
+    def _lookup(self, step: Instruction, values: Any, grids: Any) -> torch.Tensor:
+        codes = values[step.inputs[0]].long()
+        return self.program.tensor(step, "table")[codes].to(torch.int32)
+
     def _fake_quantize(self, step: Instruction, values: Any, grids: Any) -> torch.Tensor:
         return fake_quantizer(self.program, step)(values[step.inputs[0]])
 
@@ -183,6 +187,7 @@ _RULES: dict[str, Callable[[Reference, Instruction, Any, Any], Any]] = {
     "quantize": Reference._quantize,
     "dequantize": Reference._dequantize,
     "requantize": Reference._requantize,
+    "lookup": Reference._lookup,
     "fake_quantize": Reference._fake_quantize,
     "dynamic_quantize": Reference._dynamic_quantize,
     "conv": Reference._conv,

@@ -9,6 +9,10 @@ from torch import nn
 
 from fxq.errors import SpecError
 from fxq.numerics.affine import fake_quantize
+from fxq.numerics.levels import nearest_level
+
+LARGEST_LEVEL, LARGEST_SIGNED_LEVEL = 127, 63
+"""Up to these the 256 codes of one byte tell all halves of levels apart, where levels change."""
 
 
 class ActivationQuantizer(nn.Module):
@@ -83,6 +87,76 @@ class ActivationQuantizer(nn.Module):
         if self.channel_bits is None or int(self.channel_bits.min()) == self.bits:
             return f"{self.bits}-bit"
         return f"{int(self.channel_bits.min())}..{self.bits}-bit"
+
+    def extra_repr(self) -> str:
+        """Shown in the module's repr."""
+        return self.describe()
+
+
+class LevelQuantizer(nn.Module):
+    """Rounds its input to ``scale * level``, with levels from a set of integers.
+
+    Halfway between two levels, the larger magnitude. Kernels multiply codes ``level + zero_point``.
+
+    Args:
+        scale: ``[]``; a short scale (`fxq.numerics.affine.short_scale`) keeps all values exact.
+        levels: ``[count]`` int64; magnitudes, ascending from 0 to `LARGEST_LEVEL` at most, or to
+            `LARGEST_SIGNED_LEVEL` where signed.
+        signed: Whether levels have both signs; else what is negative becomes 0.
+        bits: Nominal bits per value, 1 to 8, for reports.
+
+    Raises:
+        SpecError: A scale that is not positive, bits out of range, or levels that do not fit.
+
+    Example:
+        >>> quantizer = LevelQuantizer(torch.tensor(0.5), torch.tensor([0, 1, 2, 4]), False, 2)
+        >>> quantizer(torch.tensor([-1.0, 0.2, 0.25, 1.5, 9.0])).tolist()
+        [0.0, 0.0, 0.5, 2.0, 2.0]
+    """
+
+    fxq_kind = "quantizer"
+    per_channel = False
+    scale: torch.Tensor
+    levels: torch.Tensor
+
+    def __init__(self, scale: torch.Tensor, levels: torch.Tensor, signed: bool, bits: int) -> None:
+        super().__init__()
+        check_bits(bits)
+        check_levels(levels, signed)
+        if scale.shape != () or not 0 < float(scale) < float("inf"):
+            raise SpecError(
+                "the scale of levels must be one number, positive and finite",
+                where=f"scale {scale.tolist()}",
+            )
+        self.signed = signed
+        self.bits = bits
+        self.register_buffer("scale", scale.detach().to(torch.float32))
+        self.register_buffer("levels", levels.clone())
+
+    @property
+    def zero_point(self) -> int:
+        """The code of level 0."""
+        return int(self.levels[-1]) if self.signed else 0
+
+    @property
+    def grid_bits(self) -> int:
+        """The bits that the codes ``level + zero_point`` take."""
+        return (int(self.levels[-1]) + self.zero_point).bit_length()
+
+    def level_of(self, x: torch.Tensor) -> torch.Tensor:
+        """``[...]`` int64: the level nearest to each value."""
+        steps = (x / self.scale).contiguous()  # torch.bucketize warns of other layouts
+        return nearest_level(steps if self.signed else steps.clamp(min=0), self.levels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The nearest representable values; ``x: [...]``."""
+        return (self.scale * self.level_of(x)).to(x.dtype)
+
+    def describe(self) -> str:
+        """Bits, number and range of the levels, and scale, for listings."""
+        top, count = int(self.levels[-1]), len(self.levels)
+        levels = f"{2 * count - 1} levels to +-{top}" if self.signed else f"{count} levels to {top}"
+        return f"{self.bits}-bit {levels} scale {float(self.scale):.4g}"
 
     def extra_repr(self) -> str:
         """Shown in the module's repr."""
@@ -191,6 +265,30 @@ def check_bits(bits: int) -> None:
     """
     if not isinstance(bits, int) or not 1 <= bits <= 8:
         raise SpecError(f"bits must be 1 to 8, not {bits!r}")
+
+
+def check_levels(levels: torch.Tensor, signed: bool) -> None:
+    """Activations on these levels can be rounded and multiplied as bytes.
+
+    Args:
+        levels: ``[count]`` int64; magnitudes.
+        signed: Whether they have both signs.
+
+    Raises:
+        SpecError: They cannot, or are no set of levels.
+    """
+    is_set = levels.dtype == torch.int64 and levels.dim() == 1 and len(levels) >= 2
+    if not is_set or int(levels[0]) != 0 or not bool((levels.diff() > 0).all()):
+        raise SpecError(
+            f"{levels.tolist()} are no levels",
+            hint="give their magnitudes, integers (int64) that ascend from 0",
+        )
+    largest = LARGEST_SIGNED_LEVEL if signed else LARGEST_LEVEL
+    if int(levels[-1]) > largest:
+        raise SpecError(
+            f"levels to {int(levels[-1])} do not fit the codes of a byte",
+            hint=f"{'signed levels' if signed else 'levels'} of activations go to {largest}",
+        )
 
 
 def output_channels(layer: nn.Module) -> int:
