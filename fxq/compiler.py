@@ -13,12 +13,15 @@ from torch import nn
 
 from fxq.artifact import Artifact
 from fxq.calibration import CalibrationData, on_cpu
+from fxq.errors import LoweringError, RecipeError
 from fxq.graph.capture import ExampleInputs, as_inputs, capture
 from fxq.graph.program import Program, Progress
 from fxq.pipeline import Pass, Pipeline
+from fxq.quant.learned_layers import Learned
 from fxq.recipe import Recipe
-from fxq.registry import find_backend
+from fxq.registry import find_backend, find_pass
 from fxq.trail.journal import Journal, Step
+from fxq.trainable import TrainingModule, program_of, unwrapped
 from fxq.workspace import open_workspace
 
 PROBE_SIZE = 4
@@ -35,21 +38,37 @@ class Result:
     Attributes:
         program: The program after the last pass; running it simulates the integers in float.
         journal: What each pass did.
-        artifact: The lowered module, which can be saved.
         recipe: The recipe that was run, with its settings.
         seconds: How long it took.
+        lowered: The lowered module; None where it is to be trained first.
+        trainable: What is to be trained, where the recipe trains.
     """
 
     program: Program
     journal: Journal
-    artifact: Artifact
     recipe: Recipe
     seconds: float
+    lowered: Artifact | None = None
+    trainable: TrainingModule | None = None
 
     @property
     def module(self) -> nn.Module:
-        """The module that runs on integer kernels."""
-        return self.artifact.module
+        """The module that runs on integer kernels; that to be trained, if the recipe trains."""
+        return self.artifact.module if self.trainable is None else self.trainable
+
+    @property
+    def artifact(self) -> Artifact:
+        """The lowered module, which can be saved.
+
+        Raises:
+            RecipeError: The recipe gives a module to be trained, which is lowered afterwards.
+        """
+        if self.lowered is None:
+            raise RecipeError(
+                f"{self.recipe.name} gives a module to be trained, not an artifact",
+                hint="train result.module, then lower it: fxq.lower(result.module)",
+            )
+        return self.lowered
 
 
 def compile(
@@ -69,6 +88,9 @@ def compile(
     **backend_options: Any,
 ) -> Result:
     """A model on integer kernels, with the record of how it got there; the model is not touched.
+
+    A recipe that trains gives an ordinary module instead: train ``result.module`` in any loop, then
+    ``fxq.lower(result.module)``.
 
     Args:
         model: The model.
@@ -117,26 +139,64 @@ def compile(
     program.calibration = _calibration(program, calibration, chosen.passes)
     journal = chosen.pipeline(check=check).run(program, on_step)
     program.calibration = None
-    artifact = lower(program, backend, journal=journal, **backend_options)
-    artifact.recipe_toml = chosen.to_toml()
-    artifact.promised_coverage = chosen.coverage
-    artifact.simulation = chosen.simulation
-    return Result(program, journal, artifact, chosen, time.perf_counter() - start)
+    if chosen.training:
+        trainable = TrainingModule(program, journal, chosen, _lowered_module)
+        seconds = time.perf_counter() - start
+        return Result(program, journal, chosen, seconds, trainable=trainable)
+    artifact = _of_recipe(chosen, lower(program, backend, journal=journal, **backend_options))
+    return Result(program, journal, chosen, time.perf_counter() - start, artifact)
 
 
-def lower(program: Program, backend: str = "eager", **options: Any) -> Artifact:
-    """A quantized program as an artifact of a backend.
+def lower(program: Program | nn.Module, backend: str = "eager", **options: Any) -> Artifact:
+    """A quantized program, or a module that was trained, as an artifact of a backend.
+
+    A trained module is not touched: a copy of it is frozen. It may be wrapped in DDP or compiled.
 
     Args:
-        program: A program after a quantize pass.
+        program: A program after a quantize pass, or the module of a recipe that trains.
         backend: Its name.
         options: Options of the backend.
 
     Raises:
         UnknownNameError: There is no such backend.
         LoweringError: The backend cannot express the program; every obstacle is listed.
+        FxqError: The module is not one that fxq made to be trained.
     """
-    return find_backend(backend).lower(program, **options)
+    if isinstance(program, Program):
+        _check_frozen(program)
+        return find_backend(backend).lower(program, **options)
+    origin, frozen = unwrapped(program).origin, program_of(program)
+    step = Pipeline(find_pass("freeze-trained")()).run(frozen)
+    journal = Journal([*origin.journal.steps, *step.steps])
+    artifact = find_backend(backend).lower(frozen, journal=journal, **options)
+    return _of_recipe(origin.recipe, artifact)
+
+
+def _check_frozen(program: Program) -> None:
+    """Nothing of the program is still to be trained.
+
+    Raises:
+        LoweringError: Something is.
+    """
+    found = [n for n in program.nodes() if isinstance(program.submodule(n), Learned)]
+    if found:
+        raise LoweringError(
+            f"{len(found)} modules are meant to be trained and then frozen",
+            [f"%{found[0].name}"],
+            hint="write training = true in the recipe, and lower result.module",
+        )
+
+
+def _lowered_module(module: TrainingModule) -> nn.Module:
+    return lower(module).module
+
+
+def _of_recipe(recipe: Recipe, artifact: Artifact) -> Artifact:
+    """The artifact, which says what recipe made it."""
+    artifact.recipe_toml = recipe.to_toml()
+    artifact.promised_coverage = recipe.coverage
+    artifact.simulation = recipe.simulation
+    return artifact
 
 
 def _recipe(recipe: str | Path | Recipe | Pipeline) -> Recipe:

@@ -18,7 +18,7 @@ from fxq.graph.program import LayerOverride
 from fxq.pipeline import Pass, Pipeline
 from fxq.registry import find_pass
 
-_KEYS = {"name", "summary", "papers", "coverage", "simulation", "pass", "layer"}
+_KEYS = {"name", "summary", "papers", "coverage", "simulation", "training", "pass", "layer"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Recipe:
         coverage: Share of the convolutions and linears it promises to run on integers.
         simulation: Whether quantized layers that no integer kernel runs compute in float, with
             their dequantized integers; else they are an error.
+        training: Whether it gives a module to be trained, before it is lowered.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Recipe:
     layers: tuple[LayerOverride, ...] = ()
     coverage: float = 1.0
     simulation: bool = False
+    training: bool = False
     source: str = field(default="", compare=False)
 
     def pipeline(self, *, check: bool = True) -> Pipeline:
@@ -89,6 +91,7 @@ class Recipe:
             layers=_layers_from(data.get("layer", {}), passes, where),
             coverage=float(_typed(data, "coverage", (int, float), where, 1.0)),
             simulation=_typed(data, "simulation", bool, where, False),
+            training=_typed(data, "training", bool, where, False),
             source=where,
         )
 
@@ -98,6 +101,7 @@ class Recipe:
         lines.append(f"papers = {_toml(list(self.papers))}")
         lines.append(f"coverage = {_toml(self.coverage)}")
         lines += ["simulation = true"] if self.simulation else []
+        lines += ["training = true"] if self.training else []
         for one in self.passes:
             lines += ["", "[[pass]]", f"use = {_toml(one.name)}"]
             lines += [f"{name} = {_toml(v)}" for name, v in one.options().items() if v is not None]

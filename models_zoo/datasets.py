@@ -7,7 +7,7 @@ authors publish them, and a folder of class folders in the manner of ImageNet.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,15 @@ class ImageData:
         if not 0 <= position < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         return self._images(np.array([position]))[0], int(self._source.labels[position])
+
+    def __getitems__(self, positions: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """The images and labels at these positions; torch's data loaders ask for a batch so.
+
+        Raises:
+            DataError: If an image is damaged.
+        """
+        chosen = np.asarray(positions, dtype=np.int64)
+        return list(zip(self._images(chosen), self._source.labels[chosen].tolist(), strict=True))
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         """All images in order."""

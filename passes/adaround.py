@@ -33,7 +33,7 @@ from fxq.workspace import Checkpoint
 
 from .correct_bias import mean_shift
 from .patches import Moments, moments, samples
-from .quantization import is_depthwise
+from .post_training import is_depthwise
 from .side_by_side import Meeting, fitting_images, run_side_by_side
 
 GRAM_COLUMNS = 5120

@@ -27,7 +27,7 @@ from fxq.quant.quantizers import (
 from fxq.quant.trainable import TrainableLayer, TrainableQuantizer
 
 from .adaround import is_rounding
-from .quantization import is_depthwise
+from .post_training import is_depthwise
 
 _SMALLEST = 1e-6  # a dead channel's bias still needs a unit
 

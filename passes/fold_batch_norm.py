@@ -23,25 +23,18 @@ from fxq.graph.ops import ANCHORS, Kind, describe
 from fxq.graph.program import Program, facts
 from fxq.graph.rewrite import Editor, Miss
 from fxq.pipeline import RulePass
-from fxq.quant.quantizers import channel_view, is_transposed, output_channels
+from fxq.quant.normalized import affine_of, folded, gamma_and_beta, set_weights
+from fxq.quant.quantizers import is_transposed, output_channels
 
 
 def fold_after_layer(program: Program, edit: Editor, node: fx.Node) -> bool | Miss | None:
     """A batch norm that reads a convolution or linear is folded into it."""
-    found = _batch_norm(program, node)
-    if found is None or found[1].op != "call_module":
-        return None
+    found = norm_after_layer(program, node)
+    if found is None or isinstance(found, Miss):
+        return found
     norm, source = found
-    if describe(source, program.module).kind not in ANCHORS:
-        return None
-    refusal = _refuse(program, node, norm, source)
-    if refusal is not None:
-        return refusal
     layer: Any = program.submodule(source)
-    scale, shift = affine_of(norm)
-    weight = layer.weight.double()
-    bias = torch.zeros_like(shift) if layer.bias is None else layer.bias.double()
-    _retune(layer, weight * channel_view(layer, scale), scale * bias + shift)
+    set_weights(layer, *folded(layer, norm))
     mean, deviation = _output_of(norm)
     edit.write_facts(source, norm_mean=tuple(mean.tolist()), norm_std=tuple(deviation.tolist()))
     edit.remove(node)
@@ -71,7 +64,7 @@ def fold_before_layer(program: Program, edit: Editor, node: fx.Node) -> bool | M
     weight = layer.weight.double()
     bias = weight.new_zeros(output_channels(layer)) if layer.bias is None else layer.bias.double()
     bias = bias + _through(layer, weight, shift)
-    _retune(layer, weight * _per_input(layer, scale), bias)
+    set_weights(layer, weight * _per_input(layer, scale), bias)
     edit.remove(node)
     return True
 
@@ -98,28 +91,21 @@ class FoldBatchNorm(RulePass):
     rules = (fold_after_layer, fold_before_layer)
 
 
-def affine_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """``scale: [channels]``, ``shift: [channels]`` float64: what a batch norm does in eval mode."""
-    module: Any = norm
-    mean, variance = module.running_mean.double(), module.running_var.double()
-    weight, bias = _gamma_and_beta(norm)
-    scale = weight / torch.sqrt(variance + module.eps)
-    return scale.detach(), (bias - scale * mean).detach()
-
-
-def _gamma_and_beta(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[channels]`` float64, twice; 1 and 0 where a batch norm has none."""
-    module: Any = norm
-    mean = module.running_mean.double()
-    weight = torch.ones_like(mean) if module.weight is None else module.weight.double()
-    bias = torch.zeros_like(mean) if module.bias is None else module.bias.double()
-    return weight.detach(), bias.detach()
+def norm_after_layer(program: Program, node: fx.Node) -> tuple[nn.Module, fx.Node] | Miss | None:
+    """The batch norm a node calls and the layer it alone reads; why it must stay apart; or None."""
+    found = _batch_norm(program, node)
+    if found is None or found[1].op != "call_module":
+        return None
+    norm, source = found
+    if describe(source, program.module).kind not in ANCHORS:
+        return None
+    return _refuse(program, node, norm, source) or found
 
 
 def _output_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """``[channels]`` float64, twice: mean and deviation of what a batch norm puts out."""
     module: Any = norm
-    gamma, beta = _gamma_and_beta(norm)
+    gamma, beta = gamma_and_beta(norm)
     shrunk = (module.running_var / (module.running_var + module.eps)).double().sqrt()
     return beta, gamma.abs() * shrunk
 
@@ -192,9 +178,3 @@ def _through(layer: Any, weight: torch.Tensor, shift: torch.Tensor) -> torch.Ten
     if not bool(shift.any()):
         return weight.new_zeros(output_channels(layer))
     return (weight * _per_input(layer, shift)).flatten(1).sum(1)
-
-
-def _retune(layer: Any, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    dtype, trained = layer.weight.dtype, layer.weight.requires_grad
-    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=trained)
-    layer.bias = nn.Parameter(bias.to(dtype), requires_grad=trained)

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from fxq.graph.ops import ANCHORS, PASS_THROUGH, Kind, Op, describe
 from fxq.graph.program import Program
+from fxq.quant.learned_layers import LearnedLayer
 from fxq.quant.quantizers import QuantizedLayer
 
 _NAMES = {
@@ -39,7 +40,7 @@ def describe_placement(program: Program, first: set[fx.Node], last: set[fx.Node]
     ops = {node: describe(node, program.module) for node in program.nodes()}
     groups: dict[tuple[str, bool], list[fx.Node]] = {}
     for node, op in ops.items():
-        if isinstance(op.module, QuantizedLayer):
+        if isinstance(op.module, (QuantizedLayer, LearnedLayer)):
             key = (_operands(ops, node, op.module), node in first | last)
             groups.setdefault(key, []).append(node)
     ends = {"first": first, "last": last}
@@ -55,7 +56,7 @@ def describe_placement(program: Program, first: set[fx.Node], last: set[fx.Node]
 # ---- layers ------------------------------------------------------------------------------------
 
 
-def _operands(ops: _Ops, node: fx.Node, module: QuantizedLayer) -> str:
+def _operands(ops: _Ops, node: fx.Node, module: nn.Module) -> str:
     source = ops[node].inputs[0]
     while ops[source].kind in _MOVES:
         source = ops[source].inputs[0]

@@ -1,60 +1,42 @@
-"""What quantize passes share: observers become quantizers, float layers become integer layers.
+"""What quantize passes share: observers become quantizers, layers round their weights.
 
 Placement, stated once. The bits of a pass apply to what convolutions and linears multiply: their
 weights and their inputs. The first layer and the last keep ``first_last_bits`` for both. Values
 that only residual adds and pools read are sums on their way to the next quantizer, and keep
 ``addend_bits``; so a 4-bit network has 4-bit multiplications and 8-bit residual sums.
-
-The scales of residual sums are settled last (`fxq.passes.settling`): moved by a few parts in
-100,000 to where the codes of a sum do not depend on the kernel that adds.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
-import torch
 from torch import fx, nn
 
-from fxq.errors import CalibrationError, SpecError
+from fxq.errors import SpecError
 from fxq.graph.ops import ANCHORS, PASS_THROUGH, Kind
 from fxq.graph.program import Program, facts, layer_path
 from fxq.graph.regions import Regions
 from fxq.graph.rewrite import Editor
-from fxq.numerics.affine import channel_grids, grid_from_range
-from fxq.numerics.allocation import Allocation
 from fxq.numerics.histogram import Histogram
-from fxq.numerics.levels import LevelSet
 from fxq.pipeline import Pass
+from fxq.quant.dynamic import DynamicAciqQuantizer
 from fxq.quant.observers import HistogramObserver, Observer
-from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer, from_rows, rows
 
 from .placement import describe_placement
 from .places import Place, observed_places
-from .settling import settle_sums
-from .weights import BiasCorrection, WeightCodes, WeightRange, WeightScheme, unsaturated
 
 
 @dataclass(frozen=True)
 class Quantization(Pass):
-    """Observers have become quantizers, and layers hold integer weights.
+    """Observers have become quantizers, and layers round their weights.
 
     Args:
         weight_bits: Bits per weight, 2 to 8.
         activation_bits: Bits of the values that layers multiply, 1 to 8.
         first_last_bits: Bits of both in the first layer and the last; 0 makes no exception.
         addend_bits: Bits of values that only adds and pools read.
-        weight_range: ``absmax`` covers all weights of a channel; ``mse`` has the least error.
-        per_channel_weights: Whether each output channel has a range of its own.
-        bias_correction: What of each channel's weights is restored after rounding: nothing, the
-            mean, or mean and variance. See `fxq.passes.weights` for how exactly.
-        allocation: How bits are spread over the channels of a layer of fewer than 8 bits: evenly,
-            within a quota of bins (the ACIQ paper), or to a mean number of bits (its code).
-        level_set: ``uniform``, sums of powers of two (``apot``), powers of two (``pot``), or for
-            each layer the one of the smallest error (``auto``). Layers of 8 bits are uniform, and
-            those where a set has levels beyond int8: more than 6 bits with apot, than 4 with pot.
     """
 
     after: ClassVar[tuple[str, ...]] = ("insert-observers", "calibrate")
@@ -63,42 +45,20 @@ class Quantization(Pass):
     activation_bits: int = 8
     first_last_bits: int = 8
     addend_bits: int = 8
-    weight_range: WeightRange = WeightRange.ABSMAX
-    per_channel_weights: bool = True
-    bias_correction: BiasCorrection = BiasCorrection.NONE
-    allocation: Allocation = Allocation.NONE
-    level_set: LevelSet = LevelSet.UNIFORM
 
     @abstractmethod
-    def activation_range(self, observer: Observer, place: Place) -> tuple[Any, Any]:
-        """The ends of the range to quantize, from what the observer saw."""
+    def quantizer(self, observer: Observer, place: Place) -> nn.Module:
+        """What rounds a value, from what its observer saw."""
 
-    def needs_data(self, place: Place) -> bool:
-        """Whether a value's range is taken from what its observer saw."""
-        return True
+    @abstractmethod
+    def quantized_layer(self, layer: nn.Module, options: Self) -> tuple[nn.Module, str]:
+        """A layer that rounds its weights as the options say, and a note on how."""
 
-    def channel_bits(self, observer: Observer, place: Place) -> torch.Tensor | None:
-        """``[channels]``: the bits of every channel of a value; None where all have the same."""
-        return None
-
-    def weight_codes(self, weight: torch.Tensor, bits: int) -> WeightCodes:
-        """Integer codes for ``weight: [out, in/groups * k]`` float64, as the options say."""
-        scheme = WeightScheme(
-            self.weight_range,
-            self.per_channel_weights,
-            self.bias_correction,
-            self.allocation,
-            self.level_set,
-        )
-        return scheme.codes(weight, bits)
-
-    def symmetric_activations(self) -> bool:
-        """Whether the zero point of signed values is in the middle of the codes."""
-        return False
+    def finish(self, program: Program, edit: Editor) -> None:
+        """What is left to do when all quantizers are in place is done."""
 
     def apply(self, program: Program, edit: Editor) -> None:
         """Quantizers are in place and layers hold integers."""
-        self.check_options()
         regions = Regions(program)
         first, last = regions.first_and_last()
         edges = first | last
@@ -107,7 +67,7 @@ class Quantization(Pass):
         )
         self._quantize_layers(program, edit, regions, edges)
         self._quantize_values(program, edit, regions, places)
-        settle_sums(program, edit)
+        self.finish(program, edit)
         edit.note(f"placement: {describe_placement(program, first, last)}")
 
     def check_options(self, where: str = "") -> None:
@@ -123,12 +83,6 @@ class Quantization(Pass):
                 raise SpecError(
                     f"{name} must be {low} to 8, not {bits!r}", where=where or self.name
                 )
-        if self.allocation is not Allocation.NONE and not self.per_channel_weights:
-            raise SpecError(
-                "channels cannot have bits of their own without ranges of their own",
-                where=where or self.name,
-                hint="set per_channel_weights = true, or allocation = none",
-            )
 
     def for_layer(self, program: Program, node: fx.Node, edges: set[fx.Node]) -> Self:
         """This pass with the options that hold for one layer.
@@ -161,8 +115,8 @@ class Quantization(Pass):
             observer = program.submodule(group[0].observer)
             assert isinstance(observer, Observer)
             quantizer = self.quantizer(observer, group[0])
-            is_static = isinstance(quantizer, ActivationQuantizer)
-            if is_static and len(group) == 1 and self._feeds_adds(regions, group[0]):
+            is_alone = len(group) == 1 and not _is_dynamic(quantizer)
+            if is_alone and self._feeds_adds(regions, group[0]):
                 self._split(program, edit, observer, group[0], quantizer)
                 continue
             for place in group:
@@ -202,33 +156,6 @@ class Quantization(Pass):
             if user not in layers and regions.kind(user) in PASS_THROUGH:
                 self._narrow(edit, regions, user, quantizer)
 
-    def quantizer(self, observer: Observer, place: Place) -> nn.Module:
-        """What rounds a value.
-
-        Raises:
-            CalibrationError: Its observer has seen no data.
-        """
-        if observer.is_empty and self.needs_data(place):
-            raise CalibrationError(
-                f"the observer of %{place.carrier.name} has seen no data",
-                hint="run calibrate before; it must run the whole network",
-            )
-        low, high = self.activation_range(observer, place)
-        low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (low, high))
-        if place.relu:
-            low = torch.zeros_like(high)
-        low = torch.minimum(low.clamp(min=place.floor), high)
-        if place.upper is not None:
-            high = high.clamp(max=place.upper)
-        bits = self.channel_bits(observer, place)
-        if bits is not None:
-            return ActivationQuantizer(*channel_grids(low, high, bits), bits)
-        if self.symmetric_activations() and not place.relu:
-            scale, zero_point = _centred(low, high, place.bits)
-        else:
-            scale, zero_point = grid_from_range(low, high, place.bits)
-        return ActivationQuantizer(scale, zero_point, place.bits)
-
     def _replace_observer(
         self, program: Program, edit: Editor, place: Place, quantizer: nn.Module
     ) -> fx.Node:
@@ -237,7 +164,7 @@ class Quantization(Pass):
         One that finds its range at run time needs what comes before the ReLU, and takes its place.
         """
         relu = facts(place.carrier).fused_relu
-        if relu is not None and not isinstance(quantizer, ActivationQuantizer):
+        if relu is not None and _is_dynamic(quantizer):
             edit.write_facts(place.carrier, fused_relu=None)
             edit.write_facts(program.node(relu), fused_into=None)
             relu = None
@@ -273,15 +200,11 @@ class Quantization(Pass):
                 edit.miss(node, f"stays in float: {regions.reasons[node]}")
 
     def _quantize_layer(self, program: Program, edit: Editor, node: fx.Node, options: Self) -> None:
-        layer: Any = program.submodule(node)
-        weight = rows(layer, layer.weight.detach()).double()
-        found = options.weight_codes(weight, options.weight_bits)
-        if is_depthwise(layer):
-            found = unsaturated(weight, found)
-        codes = from_rows(layer, found.codes.to(torch.int8), layer.weight.shape)
-        edit.replace_module(node, QuantizedLayer(layer, codes, found.scale, found.bits))
-        kind = "" if options.level_set is LevelSet.UNIFORM else f" {found.level_set}"
-        edit.write_facts(node, note=f"w{_span(found.bits)}{kind}")
+        layer = program.submodule(node)
+        assert layer is not None
+        module, note = self.quantized_layer(layer, options)
+        edit.replace_module(node, module)
+        edit.write_facts(node, note=note)
 
 
 def histogram_of(observer: Observer, what: str) -> Histogram:
@@ -308,19 +231,6 @@ def _only_layers_read(regions: Regions, node: fx.Node) -> bool:
     return bool(readers) and all(regions.is_anchor(reader) for reader in readers)
 
 
-def is_depthwise(layer: nn.Module) -> bool:
-    """Whether each output channel of a convolution reads one input channel."""
-    groups = int(getattr(layer, "groups", 1))
-    return groups > 1 and groups == int(getattr(layer, "in_channels", 0))
-
-
-def _centred(low: Any, high: Any, bits: int) -> tuple[Any, Any]:
-    """A grid with its zero point in the middle of the codes."""
-    top = torch.maximum(-low, high)
-    scale, _ = grid_from_range(-top, top, bits, symmetric=True)
-    return scale, torch.full_like(torch.as_tensor(scale), 2 ** (bits - 1), dtype=torch.int64)
-
-
-def _span(bits: torch.Tensor) -> str:
-    low, high = int(bits.min()), int(bits.max())
-    return f"{low}" if low == high else f"{low}..{high}"
+def _is_dynamic(quantizer: nn.Module) -> bool:
+    """Whether a quantizer finds its range at run time."""
+    return isinstance(quantizer, DynamicAciqQuantizer)

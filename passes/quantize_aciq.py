@@ -24,7 +24,8 @@ from fxq.quant.dynamic import DynamicAciqQuantizer
 from fxq.quant.observers import Observer
 
 from .places import Place
-from .quantization import Quantization, histogram_of
+from .post_training import PostTrainingQuantization
+from .quantization import histogram_of
 from .weights import BiasCorrection
 
 ALLOCATED_BITS = 4
@@ -32,7 +33,7 @@ ALLOCATED_BITS = 4
 
 
 @dataclass(frozen=True)
-class QuantizeAciq(Quantization):
+class QuantizeAciq(PostTrainingQuantization):
     """Activations are clipped where rounding and clipping noise balance; weights keep their mean.
 
     The statistics are those of the value *before* a fused ReLU. Values of 8 bits keep their whole

@@ -22,7 +22,8 @@ from fxq.quant.observers import Observer
 
 from .norm_statistics import norm_statistics
 from .places import Place
-from .quantization import Quantization, histogram_of
+from .post_training import PostTrainingQuantization
+from .quantization import histogram_of
 
 
 class Clip(StrEnum):
@@ -36,7 +37,7 @@ class Clip(StrEnum):
 
 
 @dataclass(frozen=True)
-class QuantizeClipped(Quantization):
+class QuantizeClipped(PostTrainingQuantization):
     """Activations are clipped to a range that assumes no law, weights as their options say.
 
     ``percentile``, ``mse`` and ``kl`` need histograms. Values of 8 bits keep their whole range at

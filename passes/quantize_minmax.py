@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from fxq.quant.observers import Observer
 
 from .places import Place
-from .quantization import Quantization
+from .post_training import PostTrainingQuantization
 
 
 @dataclass(frozen=True)
-class QuantizeMinmax(Quantization):
+class QuantizeMinmax(PostTrainingQuantization):
     """Values are quantized over the calibrated range, weights as their options say.
 
     A moving average of the range is an option of insert-observers

@@ -40,7 +40,7 @@ def augmented(images: Tensor, how: Augmentation, generator: torch.Generator) -> 
     """
     if how is Augmentation.NONE or images.dim() != 4:
         return images
-    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    mirrored = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
     result = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
     return _shifted(result, generator) if how is Augmentation.FLIP_SHIFT else result
 
@@ -49,8 +49,13 @@ def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     height, width = images.shape[2:]
     most = (height // _SHIFT, width // _SHIFT)
     padded = F.pad(images, (most[1], most[1], most[0], most[0]))
-    result = torch.empty_like(images)
-    for position in range(len(images)):
-        top, left = (int(torch.randint(2 * m + 1, (), generator=generator)) for m in most)
-        result[position] = padded[position, :, top : top + height, left : left + width]
-    return result
+    spans = torch.tensor([2 * m + 1 for m in most])
+    # Two numbers per image, as if they were drawn one by one: top, left, top, left, …
+    drawn = torch.randint(int(spans.prod()), (len(images), 2), generator=generator) % spans
+    top, left = drawn.to(images.device).unsqueeze(-1).unbind(1)
+    rows = top + torch.arange(height, device=images.device)
+    columns = left + torch.arange(width, device=images.device)
+    places = rows.unsqueeze(2) * padded.shape[3] + columns.unsqueeze(1)
+    chosen = places.flatten(1).unsqueeze(1).expand(-1, images.shape[1], -1)
+    found = padded.flatten(2).gather(2, chosen).view(images.shape)
+    return torch.empty_like(images).copy_(found)  # in the memory layout of the images

@@ -9,8 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxq.passes import Calibrate, FoldBatchNorm, InsertObservers, MarkRelu, QuantizeMinmax
+from fxq.passes import (
+    Calibrate,
+    FoldBatchNorm,
+    InsertObservers,
+    JoinBatchNorm,
+    MarkRelu,
+    QuantizeApot,
+    QuantizeMinmax,
+)
 from fxq.passes.insert_observers import Statistics
+from fxq.quant.learned_layers import LearnedLayer
+from fxq.quant.learned_values import LearnedLevels, MovingRange
 from fxq.quant.quantizers import ActivationQuantizer, QuantizedLayer, rows
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -70,6 +80,29 @@ class Quantized:
         return self.codes(name).double() * self.layers[name].scale.double().unsqueeze(1)
 
 
+class Learning:
+    """A network after quantize-apot.
+
+    Attributes:
+        ran: What went through the passes.
+        layers: Its learned layers, by node.
+        values: Its quantizers of values, by node.
+        levels: Those of few bits.
+    """
+
+    def __init__(self, ran: Any) -> None:
+        self.ran = ran
+        modules = {node.name: ran.program.submodule(node) for node in ran.program.nodes()}
+        self.layers = {n: m for n, m in modules.items() if isinstance(m, LearnedLayer)}
+        self.levels = {n: m for n, m in modules.items() if isinstance(m, LearnedLevels)}
+        kinds = (LearnedLevels, MovingRange)
+        self.values = {n: m for n, m in modules.items() if isinstance(m, kinds)}
+
+    def widths(self) -> dict[str, int]:
+        """The bits of every value, by node."""
+        return {name: module.bits for name, module in self.values.items()}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small_networks(one_thread: None) -> None:
     """Every test here runs on one thread."""
@@ -112,5 +145,18 @@ def quantized(run_passes: Any) -> Callable[..., Quantized]:
         return Quantized(
             run_passes(passes, model or Deep(), images[:2], calibration=[images], **options)
         )
+
+    return run
+
+
+@pytest.fixture
+def learning(run_passes: Any) -> Callable[..., Learning]:
+    """Call it as ``learning(model, weight_bits=…)``: the model after quantize-apot."""
+
+    def run(model: nn.Module, x: Tensor = IMAGES, **options: Any) -> Learning:
+        observers = options.pop("observers", InsertObservers(statistics=Statistics.HISTOGRAM))
+        more = {name: options.pop(name) for name in ("layers", "check") if name in options}
+        passes = [JoinBatchNorm(), MarkRelu(), observers, Calibrate(), QuantizeApot(**options)]
+        return Learning(run_passes(passes, model.eval(), x[:2], calibration=[x], **more))
 
     return run

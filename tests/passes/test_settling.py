@@ -18,7 +18,7 @@ from fxq.models_zoo import tiny_residual
 from fxq.numerics import residual
 from fxq.numerics.affine import dequantize, short_scale
 from fxq.numerics.residual import Codes, disputed
-from fxq.passes import quantization, settling
+from fxq.passes import post_training, settling
 from fxq.passes.settling import settle_sums
 from fxq.quant.quantizers import ActivationQuantizer
 
@@ -79,7 +79,7 @@ def test_no_sum_is_disputed(build: Any, recipe: str) -> None:
 
 
 def test_unsettled_sums_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization, "settle_sums", lambda program, edit: None)
+    monkeypatch.setattr(post_training, "settle_sums", lambda program, edit: None)
     counts = [count for seed in range(6) for count in disputes(compiled(Chain(), images(seed)))]
     assert sum(count > 0 for count in counts) > 2
 
@@ -111,7 +111,7 @@ def test_scales_stay_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
         settle_sums(program, edit)
         ratios.update({name: scale / before[name] for name, scale in scales(program).items()})
 
-    monkeypatch.setattr(quantization, "settle_sums", remember)
+    monkeypatch.setattr(post_training, "settle_sums", remember)
     compiled(Chain(9), images(3))
     assert all(1 <= ratio <= 1.002 for ratio in ratios.values())
     moved = {name for name, ratio in ratios.items() if ratio > 1}

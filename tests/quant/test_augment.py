@@ -104,3 +104,14 @@ def test_the_type_stays(dtype: torch.dtype) -> None:
 
 def test_an_empty_batch() -> None:
     assert augmented(images(0, 3, 8, 8), Augmentation.FLIP_SHIFT, generator()).shape[0] == 0
+
+
+def test_shifts_are_those_that_are_drawn_one_by_one() -> None:
+    """Earlier versions drew top and left image by image; the same seed gives the same images."""
+    batch, drawn = images(9, 2, 16, 40), generator(5)
+    found = augmented(batch, Augmentation.FLIP_SHIFT, generator(5))
+    mirrored = torch.rand(9, generator=drawn) < 0.5
+    for image, flip, result in zip(batch, mirrored, found, strict=True):
+        top, left = (int(torch.randint(span, (), generator=drawn)) for span in (5, 11))
+        padded = F.pad(image.flip(-1) if flip else image, (5, 5, 2, 2))
+        assert torch.equal(result, padded[:, top : top + 16, left : left + 40])

@@ -1,0 +1,165 @@
+"""Quantizers of values that are trained, or that follow the values while something trains.
+
+Papers:
+    Li, Dong, Wang, "Additive Powers-of-Two Quantization", ICLR 2020, arXiv:1909.13144, Eq. 7 and 8
+        (reparameterized clipping).
+    Jacob et al., "Quantization and training of neural networks for efficient
+        integer-arithmetic-only inference", CVPR 2018, arXiv:1712.05877 (moving ranges).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fxq.numerics.affine import MIN_SCALE, grid_from_range, short_scale
+from fxq.numerics.learned_clip import ClipGradient, project
+from fxq.numerics.levels import level_table
+from fxq.quant.quantizers import ActivationQuantizer, LevelQuantizer
+
+LEAST_CLIP = 1e-8
+"""A frozen clip is never smaller than this."""
+
+
+class LearnedLevels(nn.Module):
+    """Rounds its input to ``alpha * level / largest level``, with ``alpha`` a parameter.
+
+    Args:
+        alpha: The clip to start with, in the units of the tensor.
+        levels: ``[count]`` integer magnitudes, ascending from 0.
+        signed: Whether values below zero have levels, too.
+        bits: Bits per value, for reports.
+        gradient: Which gradient the clip gets.
+        level_set: The name of the levels, for reports.
+
+    Attributes:
+        alpha: ``[]``; the clip.
+    """
+
+    fxq_kind = "quantizer"
+    levels: Tensor
+    table: Tensor
+
+    def __init__(
+        self,
+        alpha: float,
+        levels: Tensor,
+        *,
+        signed: bool,
+        bits: int,
+        gradient: ClipGradient = ClipGradient.RCF,
+        level_set: str = "apot",
+    ) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(max(float(alpha), LEAST_CLIP)))
+        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("table", level_table(levels, signed=signed).float(), persistent=False)
+        self.signed = signed
+        self.bits = bits
+        self.gradient = gradient
+        self.level_set = level_set
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The nearest levels; ``x: [...]``."""
+        return project(x, self.alpha, self.table, signed=self.signed, gradient=self.gradient)
+
+    def frozen(self) -> ActivationQuantizer | LevelQuantizer:
+        """The quantizer with the clip learned so far, its scale a short one."""
+        top = int(self.levels[-1])
+        scale = short_scale(self.alpha.detach().clamp(min=LEAST_CLIP) / top)
+        if not self.signed and len(self.levels) == top + 1:
+            return ActivationQuantizer(scale, torch.tensor(0), self.bits)
+        return LevelQuantizer(scale, self.levels, self.signed, self.bits)
+
+    def describe(self) -> str:
+        """Bits, levels and clip, for listings."""
+        sign = " signed" if self.signed else ""
+        return f"{self.bits}-bit{sign} {self.level_set} clip {self.alpha.item():.4g}"
+
+    def extra_repr(self) -> str:
+        """Shown in the module's repr."""
+        return self.describe()
+
+
+class MovingRange(nn.Module):
+    """Rounds its input to 8 bits, or so, over a range that follows the batches in training.
+
+    Args:
+        low: Where the range starts.
+        high: Where it ends.
+        bits: Bits per code, 1 to 8.
+        momentum: Weight of the range so far against that of a batch.
+
+    Attributes:
+        low: ``[]``.
+        high: ``[]``.
+    """
+
+    fxq_kind = "quantizer"
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: float, high: float, bits: int, momentum: float = 0.99) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.tensor(float(low)))
+        self.register_buffer("high", torch.tensor(float(high)))
+        self.bits = bits
+        self.momentum = momentum
+        self._watching = False
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within it nothing is rounded; afterwards the range is that of all that was seen."""
+        self._watching = True
+        self.low.fill_(math.inf)
+        self.high.fill_(-math.inf)
+        try:
+            yield
+        finally:
+            self._watching = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The nearest codes' values; ``x: [...]``."""
+        if self._watching:
+            return self._seen(x)
+        if self.training:
+            self._follow(x.detach())
+        top = 2**self.bits - 1
+        low, high = self.low.clamp(max=0), self.high.clamp(min=0)
+        scale = ((high - low) / top).clamp(min=MIN_SCALE)
+        zero_point = torch.round(-low / scale).to(torch.int32)
+        result: Tensor = torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, 0, top)
+        return result
+
+    def _follow(self, x: Tensor) -> None:
+        low, high = _extremes(x)
+        self.low.lerp_(low, 1 - self.momentum)
+        self.high.lerp_(high, 1 - self.momentum)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        low, high = _extremes(x.detach())
+        self.low.copy_(torch.minimum(self.low, low))
+        self.high.copy_(torch.maximum(self.high, high))
+        return x
+
+    def frozen(self) -> ActivationQuantizer:
+        """The quantizer with the range of now."""
+        scale, zero_point = grid_from_range(self.low, self.high, self.bits)
+        return ActivationQuantizer(scale.float(), zero_point, self.bits)
+
+    def describe(self) -> str:
+        """Bits and range, for listings."""
+        return f"{self.bits}-bit range {float(self.low):.4g}..{float(self.high):.4g}"
+
+    def extra_repr(self) -> str:
+        """Shown in the module's repr."""
+        return self.describe()
+
+
+def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = torch.aminmax(x)
+    return low.float(), high.float()
