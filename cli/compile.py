@@ -51,7 +51,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Everything that was opened and checked before the work begins."""
 
     recipe: Recipe
@@ -67,14 +67,15 @@ def run(job: Job) -> None:
     from . import unfinished
     from .show_compile import Reporter, coverage_warning, simulation_warning
 
-    plan = _prepared(job)
-    _announce(plan)
+    plan = prepared(job)
+    _check_trains_nothing(plan.recipe)
+    announce(plan)
     with unfinished.kept(plan.unfinished, fresh=job.fresh):
         with Reporter(job.printing) as reporter:
-            before = _measured(plan, plan.subject.model.module, reporter)
+            before = measured(plan, plan.subject.model.module, reporter)
             result, raised = _compiled(job, plan, reporter)
-            after = _measured(plan, result.module, reporter)
-        result.artifact.metadata.update(_metadata(job, plan, before, after))
+            after = measured(plan, result.module, reporter)
+        result.artifact.metadata.update(metadata_of(job, plan, before, after))
         if raised is not None:
             result.artifact.metadata["raised"] = raised.to_json()
         result.artifact.save(plan.folder, force=job.force)
@@ -85,7 +86,20 @@ def run(job: Job) -> None:
         coverage_warning(result.artifact.warnings, job.accept_coverage)
 
 
-def _prepared(job: Job) -> _Plan:
+def _check_trains_nothing(recipe: Recipe) -> None:
+    """The recipe gives integers without training.
+
+    Raises:
+        RecipeError: It gives a network to be trained.
+    """
+    if recipe.training:
+        raise RecipeError(
+            f"{recipe.name} gives a network to be trained, not integers",
+            hint=f"fxq train MODEL --recipe {recipe.name} trains it and writes the same run folder",
+        )
+
+
+def prepared(job: Job) -> Plan:
     """Cheap checks first: names, then the output folder, then the network and its data."""
     from fxq.recipe import Recipe
     from fxq.registry import find_backend
@@ -115,7 +129,7 @@ def _prepared(job: Job) -> _Plan:
     evaluation = score.evaluation_of(
         subject, job.evaluation, limit=job.eval_images, batch_size=job.batch_size
     )
-    return _Plan(recipe, subject, folder, partial, calibration, evaluation)
+    return Plan(recipe, subject, folder, partial, calibration, evaluation)
 
 
 def _short_name(spec: str) -> str:
@@ -183,7 +197,7 @@ def calibration_for(
     )
 
 
-def _compiled(job: Job, plan: _Plan, reporter: Any) -> tuple[Result, Raised | None]:
+def _compiled(job: Job, plan: Plan, reporter: Any) -> tuple[Result, Raised | None]:
     """The compilation that was asked for, with layers raised where a largest drop was given."""
     data = plan.calibration and plan.calibration.data
 
@@ -251,11 +265,13 @@ def backend_options(
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _measured(plan: _Plan, module: Any, reporter: Any) -> Score | None:
+def measured(plan: Plan, module: Any, reporter: Any) -> Score | None:
+    """What a network scores; None where there is nothing to measure with."""
     return None if plan.evaluation is None else plan.evaluation.measure(module, reporter)
 
 
-def _announce(plan: _Plan) -> None:
+def announce(plan: Plan) -> None:
+    """What is about to happen."""
     from . import show
     from .load import RANDOM
 
@@ -269,7 +285,7 @@ def _announce(plan: _Plan) -> None:
             show.notice("random calibration is for trying speed and structure, not for accuracy")
 
 
-def _metadata(job: Job, plan: _Plan, before: Score | None, after: Score | None) -> dict[str, Any]:
+def metadata_of(job: Job, plan: Plan, before: Score | None, after: Score | None) -> dict[str, Any]:
     """What ``fxq eval`` and ``fxq bench`` need to know later."""
     known = plan.subject.normalization
     model = {
@@ -306,7 +322,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _summarize(
-    plan: _Plan, result: Result, before: Score | None, after: Score | None, raised: Raised | None
+    plan: Plan, result: Result, before: Score | None, after: Score | None, raised: Raised | None
 ) -> None:
     from . import show, show_compile
 
@@ -315,7 +331,7 @@ def _summarize(
     rows = [
         ("network", plan.subject.model.spec),
         ("recipe", f"{plan.recipe.name} on {artifact.backend}" + (f", {kind}" if kind else "")),
-        ("weights", _sizes(float_bytes(plan.subject.model.module), artifact.size_after)),
+        ("weights", sizes_text(float_bytes(plan.subject.model.module), artifact.size_after)),
         ("coverage", coverage_text(artifact.ledger)),
     ]
     rows += show_compile.placement_rows(result.journal)
@@ -328,7 +344,8 @@ def _summarize(
     show_compile.summary(rows, run, commands)
 
 
-def _sizes(before: int, after: int) -> str:
+def sizes_text(before: int, after: int) -> str:
+    """The bytes of weights in float and afterwards, for people."""
     from . import show
 
     ratio = f", {before / after:.1f}x smaller" if after else ""

@@ -38,6 +38,20 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fxq ablate digits/convnet -n 64 --option weight_bits=2,3 -o widths",
         "fxq ablate model.py --option guard=false,true --seeds 0,1 -o guard",
     ),
+    "cost": (
+        "fxq cost torchvision/resnet18 -r apot-4bit",
+        "fxq cost digits/convnet -r mixed-4bit -n 64 --json",
+        "fxq cost runs/digits-convnet-aciq-4bit --csv cost.csv",
+    ),
+    "train": (
+        "fxq train digits/convnet --epochs 2 --augmentation none",
+        "fxq train digits/convnet -r apot-2bit --init runs/digits-convnet-apot-4bit",
+        "fxq train cifar/resnet20 -w w.safetensors -d train.npz -b 16 --epochs 1",
+    ),
+    "import": (
+        "fxq import cifar/resnet20 apot-4bit.pth -c train.npz -e test.npz -o runs/four",
+        "fxq import cifar/resnet20 apot-2bit.pth -r apot-2bit -c train.npz -o runs/two",
+    ),
     "export": (
         "fxq export runs/digits-convnet-aciq-4bit --force",
         "fxq export runs/mine --flavor compact -o compact.onnx --force",

@@ -111,6 +111,25 @@ class _Images:
         return batches
 
 
+class _Drawn:
+    """A seeded draw of inputs from the model file's own training data, batch by batch."""
+
+    def __init__(self, data: Any, batch_size: int, limit: int, seed: int) -> None:
+        self._data, self._batch_size, self._seed = data, batch_size, seed
+        self._limit = min(limit, len(data))
+
+    def __len__(self) -> int:
+        return -(-self._limit // self._batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        from fxq.training.data import epoch_order, fetch
+
+        order = epoch_order(len(self._data), self._seed, 0)[: self._limit].tolist()
+        for start in range(0, self._limit, self._batch_size):
+            inputs, _ = fetch(self._data, order[start : start + self._batch_size])
+            yield tuple(inputs)
+
+
 class _Noise:
     """Inputs drawn from N(0, 1) in the shape of the example."""
 
@@ -168,6 +187,10 @@ def calibration_of(
         if images is not None:
             own = _Some(own, images)
         return Batches("calibration_data of the model file", "", own)
+    own_data = own_train_data(subject) if data is None else None
+    if own_data is not None:
+        drawn = _Drawn(own_data, batch_size, limit, seed)
+        return Batches(described(min(limit, len(own_data)), own_data), "", drawn)
     opened = open_data(subject, data, "train")
     if opened is None:
         raise CalibrationError(
@@ -176,15 +199,33 @@ def calibration_of(
             hint="pass --calibration DATA, or define calibration_data in the model file; "
             "--calibration random is for trying speed and structure only",
         )
-    drawn = _Images(opened, batch_size, limit, seed)
     source = described(min(limit, len(opened)), opened)
-    return Batches(source, data or subject.builtin, drawn)
+    return Batches(source, data or subject.builtin, _Images(opened, batch_size, limit, seed))
+
+
+def own_train_data(subject: Subject) -> Any:
+    """The data set that the model file defines to train on; None where it does not.
+
+    Raises:
+        DataError: It has no length or no positions, or holds nothing.
+    """
+    own = subject.model.train_data
+    data = own() if callable(own) else own
+    if data is None:
+        return None
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or not len(data):
+        raise DataError(
+            f"train_data is a {type(data).__name__} that is empty or has no positions",
+            where=subject.model.spec,
+            hint="define a map-style data set of (input, label), such as TensorDataset",
+        )
+    return data
 
 
 def described(count: int, images: Any) -> str:
     """How many of the images at a place are used, for people."""
     all_or_some = f"{count}" if count == len(images) else f"{count} of {len(images)}"
-    return f"{all_or_some} images of {images.name}"
+    return f"{all_or_some} images of {getattr(images, 'name', 'the model file')}"
 
 
 class _Some:

@@ -11,10 +11,13 @@ import typer
 
 from . import options as opt
 from .ablate_command import ablate_command
+from .cost_command import cost_command
 from .examples import epilog
 from .export_command import export_command
 from .guard import INTERRUPTED, Guarded
+from .import_command import import_command
 from .max_drop import MaxDrop
+from .train_command import train_command
 from .verify_command import verify_command
 
 app = typer.Typer(
@@ -243,6 +246,9 @@ def eval_command(
 
 
 app.command("ablate", epilog=epilog("ablate"))(ablate_command)
+app.command("cost", epilog=epilog("cost"))(cost_command)
+app.command("train", epilog=epilog("train"))(train_command)
+app.command("import", epilog=epilog("import"))(import_command)
 app.command("export", epilog=epilog("export"))(export_command)
 app.command("verify", epilog=epilog("verify"))(verify_command)
 

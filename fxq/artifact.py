@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,7 +82,13 @@ class Artifact:
             return self.ledger.simulated()
         return self.ledger.warnings(self.promised_coverage)
 
-    def save(self, path: str | Path, *, force: bool = False) -> Path:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        force: bool = False,
+        attached: Mapping[str, Path] | None = None,
+    ) -> Path:
         """The artifact is a folder at this path.
 
         It is written beside its place and renamed, so that a half-written one never exists.
@@ -90,6 +96,7 @@ class Artifact:
         Args:
             path: The folder.
             force: Whether an existing folder that is not empty is replaced.
+            attached: Folders to copy into it, by name: the record of its training.
 
         Raises:
             ArtifactError: The folder holds something and force is off, cannot be written, or the
@@ -101,6 +108,8 @@ class Artifact:
             target = target.resolve()
         with _replacing(target) as folder:
             self._write(folder)
+            for name, source in (attached or {}).items():
+                shutil.copytree(source, folder / name)
         return target
 
     def _write(self, folder: Path) -> None:

@@ -116,6 +116,10 @@ class DataError(FxqError):
     """A dataset or weight file is missing, damaged or of the wrong shape."""
 
 
+class TrainingError(FxqError):
+    """Training cannot begin, go on, or continue from a checkpoint."""
+
+
 class MismatchError(FxqError):
     """A runtime computes something else than the integer reference, where it must not."""
 

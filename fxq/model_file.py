@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,14 @@ from fxq.errors import FxqError, UnknownNameError
 from fxq.graph.capture import as_inputs
 from fxq.registry import find_network
 from fxq.torchvision_import import prepare_torchvision
+from fxq.user_code import failure
 from fxq.zoo_entry import ZooEntry
 
 CONVENTION = (
     "a model file defines model (a torch.nn.Module, or a function that returns one) and "
     "example_inputs (a tensor, a tuple, or a function); and, if it likes, calibration_data, "
-    "eval_data (batches of inputs and labels) or evaluate(module)"
+    "eval_data (batches of inputs and labels), evaluate(module) or train_data (a data set with "
+    "positions and a length, of inputs and labels)"
 )
 _FILE = re.compile(r"(?P<path>.+\.py)(?::(?P<name>\w+))?")
 _IMPORT = re.compile(r"(?P<path>[A-Za-z_][\w.]*):(?P<name>\w+)")
@@ -50,6 +51,7 @@ class NamedModel:
         calibration_data: Batches to calibrate on, where its file has them.
         eval_data: Batches of ``(inputs, labels)``, where its file has them; can be read repeatedly.
         evaluate: The file's own measure of a network, where it has one.
+        train_data: A map-style data set of ``(input, label)``, where its file has one.
         entry: Its zoo entry, where it comes from the zoo.
     """
 
@@ -60,6 +62,7 @@ class NamedModel:
     calibration_data: Iterable[Any] | None = None
     eval_data: Iterable[Any] | None = None
     evaluate: Callable[[nn.Module], Any] | None = None
+    train_data: Any = None
     entry: ZooEntry | None = None
 
 
@@ -142,14 +145,14 @@ def _from_import(
             namespace = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not (module + ".").startswith(error.name + "."):
-                raise _failure(error, spec, "cannot be imported") from error
+                raise failure(error, spec, "cannot be imported") from error
             raise FxqError(
                 f"there is no module {error.name!r} to import",
                 where=spec,
                 hint="a network is named model.py, package.module:name, or as in `fxq models`",
             ) from error
         except (Exception, SystemExit) as error:
-            raise _failure(error, spec, "cannot be imported") from error
+            raise failure(error, spec, "cannot be imported") from error
         return _assembled(spec, name, namespace, name, module, example)
 
 
@@ -183,7 +186,7 @@ def _executed(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise _failure(error, str(path), "cannot be loaded") from error
+        raise failure(error, str(path), "cannot be loaded") from error
     return module
 
 
@@ -207,7 +210,16 @@ def _assembled(
         calibration_data=_batches(namespace, "calibration_data", where),
         eval_data=_repeatable(_batches(namespace, "eval_data", where), where),
         evaluate=None if evaluate is None else _measure(evaluate, where),
+        train_data=_train_data(namespace, where),
     )
+
+
+def _train_data(namespace: ModuleType, where: str) -> Any:
+    """The data set to train on, or a function that makes it, which is called when it is needed."""
+    value = getattr(namespace, "train_data", None)
+    if value is None or not callable(value) or hasattr(value, "__getitem__"):
+        return value
+    return lambda: _called(value, "train_data()", where)
 
 
 def _measure(evaluate: Callable[[nn.Module], Any], where: str) -> Callable[[nn.Module], Any]:
@@ -217,7 +229,7 @@ def _measure(evaluate: Callable[[nn.Module], Any], where: str) -> Callable[[nn.M
         except FxqError:
             raise
         except (Exception, SystemExit) as error:
-            raise _failure(error, where, "evaluate() fails") from error
+            raise failure(error, where, "evaluate() fails") from error
 
     return measure
 
@@ -297,7 +309,7 @@ class _Batches:
         except FxqError:
             raise
         except (Exception, SystemExit) as error:
-            raise _failure(error, self._where, "reading its batches fails") from error
+            raise failure(error, self._where, "reading its batches fails") from error
 
 
 class _SizedBatches(_Batches):
@@ -323,7 +335,7 @@ def _called(function: Callable[[], Any], shown: str, where: str) -> Any:
     except FxqError:
         raise
     except (Exception, SystemExit) as error:
-        raise _failure(error, where, f"{shown} fails") from error
+        raise failure(error, where, f"{shown} fails") from error
 
 
 # ---- what is wrong, and where ------------------------------------------------------------------
@@ -339,59 +351,3 @@ def _wrong(name: str, value: object, wanted: str, where: str, remark: str = "") 
 
 def _article(word: str) -> str:
     return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"
-
-
-def _failure(error: BaseException, where: str, what: str) -> FxqError:
-    """The error for an exception of the user's code: its kind, its message and the user's line."""
-    kind = type(error).__name__
-    if isinstance(error, SyntaxError) and error.filename:
-        line = (error.text or "").strip()
-        place = f"{_shown_path(error.filename)}:{error.lineno}" + (f": {line}" if line else "")
-        return FxqError(
-            f"{where} {what}: {kind}: {error.msg}", where=place, hint="correct the line"
-        )
-    place = _user_place(error) or where
-    if isinstance(error, SystemExit):
-        return FxqError(
-            f"{where} {what}: it calls sys.exit()",
-            where=place,
-            hint='put what the script does under if __name__ == "__main__":',
-        )
-    first = (str(error).strip().splitlines() or [""])[0]
-    shown = f"{kind}: {first}" if first else kind
-    shown_what = what if what.endswith("fails") else f"{where} {what}"
-    return FxqError(f"{shown_what}: {shown}", where=place, hint=_remedy(error))
-
-
-def _remedy(error: BaseException) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"install {error.name}, or run fxq where it can be imported"
-    return "this line is in the model's own code; fxq --traceback shows every frame"
-
-
-def _user_place(error: BaseException) -> str | None:
-    """File, line and text of the innermost frame that is the user's own code."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<")
-    ]
-    own = [frame for frame in frames if not _foreign(Path(frame.filename))]
-    if not own:
-        return None
-    frame = own[-1]
-    return f"{_shown_path(frame.filename)}:{frame.lineno} in {frame.name}: {frame.line}"
-
-
-def _foreign(file: Path) -> bool:
-    """Whether a file belongs to Python, to an installed package or to fxq."""
-    folders = (Path(inspect.__file__).parent, Path(__file__).parent)
-    return "site-packages" in file.parts or any(file.is_relative_to(f) for f in folders)
-
-
-def _shown_path(filename: str) -> str:
-    """The path as the user would type it: relative where the file is below the current folder."""
-    path = Path(filename)
-    with contextlib.suppress(ValueError, OSError):
-        return str(path.relative_to(Path.cwd()))
-    return filename

@@ -51,6 +51,16 @@ class Pass(ABC):
     def apply(self, program: Program, edit: Editor) -> None:
         """The program is transformed in place, through the editor."""
 
+    def check_options(self, where: str = "") -> None:  # noqa: B027
+        """The options go together; asked before any pass of a pipeline runs.
+
+        Args:
+            where: What the error names; by default the pass.
+
+        Raises:
+            SpecError: They do not.
+        """
+
     def options(self) -> dict[str, Any]:
         """The options as JSON-ready values, by name."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -133,12 +143,15 @@ class Pipeline:
 
         Raises:
             RequirementError: A pass comes before one it needs.
+            SpecError: The options of a pass do not go together.
             CalibrationError: The model fails on the probe batch.
             ContractError: A pass broke its promise.
             VerifyError: A pass broke an invariant of the graph.
             PassError: A pass failed; the error names the node and the passes that had run.
         """
         self._check_order(program)
+        for one in self.passes:
+            one.check_options()
         journal = Journal()
         original = self._probe(None, program)
         previous = original

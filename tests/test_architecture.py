@@ -29,6 +29,7 @@ ALLOWED_BELOW = {
     "graph": {"errors", "numerics", "quant", "graph"},
     "trail": _TRAIL,
     "integer": {*_TRAIL, "integer", "backend", "torchvision_import"},
+    "training": {*_TRAIL, "training", "workspace"},
 }
 """Layers of the core: which parts of fxq each may import."""
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fxq.cli.examples import EXAMPLES
 from fxq.models_zoo import resnet20
@@ -26,12 +28,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model_file: str) -> Path:
     """The files that examples name."""
     place = tmp_path_factory.mktemp("examples")
     (place / "model.py").write_text(model_file, encoding="utf-8")
-    save_file(resnet20().state_dict(), place / "w.safetensors")
+    weights = resnet20().state_dict()
+    save_file(weights, place / "w.safetensors")
+    for bits in (2, 4):
+        torch.save(weights | _clips(weights), place / f"apot-{bits}bit.pth")
     random = np.random.Generator(np.random.PCG64(0))
     for name, count in (("train", 80), ("test", 16)):
         images = random.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
         np.savez(place / f"{name}.npz", x=images, y=np.arange(count) % 10)
     return place
+
+
+def _clips(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of every convolution but the first, as APoT's authors name them."""
+    layers = [name for name, value in weights.items() if value.ndim == 4][1:]
+    endings = ("weight_quant.wgt_alpha", "act_alpha")
+    return {
+        f"{name.removesuffix('weight')}{ending}": torch.ones(1)
+        for name in layers
+        for ending in endings
+    }
 
 
 @pytest.fixture(scope="module")
