@@ -36,7 +36,7 @@ from fxq.training.watch import Moment, Training, Watch
 from fxq.training.world import World
 from fxq.workspace import digest
 
-FIRST_STEP = "torch.compile works in the first step, for a minute or so; later steps are faster"
+FIRST_STEP = "torch.compile works for a minute or two in the first step; later steps are faster"
 
 Evaluate = Callable[[nn.Module], float | None]
 Columns = Callable[[nn.Module], Mapping[str, float]]

@@ -40,9 +40,7 @@ def main() -> None:
         start = time.perf_counter()
         for _ in range(WARM_UP):
             step()
-        print(
-            f"{name}: {WARM_UP} steps to warm up, {time.perf_counter() - start:.1f} s", flush=True
-        )
+        print(f"{name}: warm after {time.perf_counter() - start:.1f} s", flush=True)
     for _ in range(asked.rounds):
         for name, step in steps.items():
             seconds[name].append(_timed(step, asked.device))

@@ -288,3 +288,11 @@ def test_as_many_images_as_the_recipe_uses(fxq: Fxq) -> None:
     assert re.search(
         r"^  placement +8-bit weights and inputs of the first and last", done.out, re.M
     )
+
+
+def test_a_recipe_that_trains_is_for_another_command(fxq: Fxq, tmp_path: Path) -> None:
+    done = fxq(*(word if word != "minmax-int8" else "apot-4bit" for word in TINY))
+    assert done.code == 2
+    assert "apot-4bit gives a network to be trained, not integers" in done.err
+    assert "fxq train MODEL --recipe apot-4bit" in done.err
+    assert not (tmp_path / "out").exists()

@@ -25,6 +25,8 @@ from fxq.errors import SpecError
 from fxq.integer.reference import Reference
 from fxq.models_zoo import ImageData, lookup, open_images
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ENTRY = lookup("cifar/resnet20")
 TESTED = 1000
 PUBLISHED = {4: 4599, 2: 4527}
