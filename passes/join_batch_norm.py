@@ -44,7 +44,7 @@ class JoinBatchNorm(RulePass):
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
         >>> journal = Pipeline(JoinBatchNorm()).run(capture(net, zeros(1, 3, 8, 8)))
         >>> journal["join-batch-norm"].census
-        {'Conv2d': -1, 'BatchNorm2d': -1, 'Conv2d+BatchNorm2d': 1}
+        {'BatchNorm2d': -1, 'Conv2d': -1, 'Conv2d+BatchNorm2d': 1}
     """
 
     name: ClassVar[str] = "join-batch-norm"
