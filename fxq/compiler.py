@@ -17,7 +17,7 @@ from fxq.errors import LoweringError, RecipeError
 from fxq.graph.capture import ExampleInputs, as_inputs, capture
 from fxq.graph.program import Program, Progress
 from fxq.pipeline import Pass, Pipeline
-from fxq.quant.learned_layers import Learned
+from fxq.quant.learned import Learned
 from fxq.recipe import Recipe
 from fxq.registry import find_backend, find_pass
 from fxq.trail.journal import Journal, Step

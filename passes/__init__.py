@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adapt_backward import AdaptBackward
 from .adaround import Adaround
 from .calibrate import Calibrate
 from .correct_bias import CorrectBias
@@ -32,6 +33,7 @@ CATALOG = (
     QuantizeClipped,
     QuantizeAciq,
     QuantizeApot,
+    AdaptBackward,
     LoadClips,
     Adaround,
     Reconstruct,
@@ -42,6 +44,7 @@ CATALOG = (
 
 __all__ = [
     "CATALOG",
+    "AdaptBackward",
     "Adaround",
     "Calibrate",
     "CorrectBias",

@@ -13,7 +13,7 @@ from fxq.graph.rewrite import Editor
 from fxq.graph.verify import verify
 from fxq.integer.bias_rounding import round_biases
 from fxq.pipeline import Pass
-from fxq.quant.learned_layers import Learned
+from fxq.quant.learned import Learned
 
 from .settling import settle_sums
 

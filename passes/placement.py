@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from fxq.graph.ops import ANCHORS, PASS_THROUGH, Kind, Op, describe
 from fxq.graph.program import Program
+from fxq.quant.fixed_point_layers import FixedPointLayer
 from fxq.quant.learned_layers import LearnedLayer
 from fxq.quant.quantizers import QuantizedLayer
 
@@ -40,7 +41,7 @@ def describe_placement(program: Program, first: set[fx.Node], last: set[fx.Node]
     ops = {node: describe(node, program.module) for node in program.nodes()}
     groups: dict[tuple[str, bool], list[fx.Node]] = {}
     for node, op in ops.items():
-        if isinstance(op.module, (QuantizedLayer, LearnedLayer)):
+        if isinstance(op.module, (QuantizedLayer, LearnedLayer, FixedPointLayer)):
             key = (_operands(ops, node, op.module), node in first | last)
             groups.setdefault(key, []).append(node)
     ends = {"first": first, "last": last}

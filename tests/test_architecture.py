@@ -22,10 +22,11 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 TERMINAL = {"rich", "typer"}
 """What only the command line may import."""
 
-_TRAIL = {"errors", "numerics", "quant", "graph", "trail"}
+_TRAIL = {"errors", "numerics", "products", "quant", "graph", "trail"}
 ALLOWED_BELOW = {
     "numerics": {"errors", "numerics"},
-    "quant": {"errors", "numerics", "quant"},
+    "products": {"errors", "numerics", "products"},
+    "quant": {"errors", "numerics", "products", "quant"},
     "graph": {"errors", "numerics", "quant", "graph"},
     "trail": _TRAIL,
     "integer": {*_TRAIL, "integer", "backend", "torchvision_import"},

@@ -82,6 +82,18 @@ class Editor:
         """The node calls another module under the same name."""
         self.program.module.set_submodule(str(node.target), module)
 
+    def call_instead(self, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
+        """A call of a new module stands where a function was called, with the same arguments."""
+        target = self._free_name(name)
+        self.program.module.add_submodule(target, module)
+        with self.program.graph.inserting_before(node):
+            call = self.program.graph.call_module(target, node.args, node.kwargs)
+        known = facts(node)
+        write_facts(call, origin=self.origin, path=known.path, shape=known.shape, dtype=known.dtype)
+        node.replace_all_uses_with(call)
+        self.program.graph.erase_node(node)
+        return call
+
     def reroute(
         self, old: fx.Node, new: fx.Node, where: Callable[[fx.Node], bool] | None = None
     ) -> None:

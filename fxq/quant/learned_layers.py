@@ -22,8 +22,8 @@ from fxq.errors import SpecError
 from fxq.numerics.affine import short_scale
 from fxq.numerics.learned_clip import LEAST_STD, ClipGradient, normalized_weight, project
 from fxq.numerics.levels import CODE_LIMIT, level_table
-from fxq.quant.learned_values import LEAST_CLIP, LearnedLevels, MovingRange
-from fxq.quant.normalized import NormalizedLayer, affine_of, set_weights
+from fxq.quant.learned_values import LEAST_CLIP
+from fxq.quant.normalized import affine_of, set_weights
 from fxq.quant.quantizers import QuantizedLayer, channel_view, output_channels, rows
 
 
@@ -253,7 +253,3 @@ class LearnedLayer(nn.Module):
             return affine_of(self.norm)
         ones = torch.ones(output_channels(self.layer), dtype=torch.float64)
         return ones, torch.zeros_like(ones)
-
-
-Learned = NormalizedLayer | LearnedLayer | LearnedLevels | MovingRange
-"""What is trained, and then frozen."""

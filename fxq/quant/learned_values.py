@@ -160,6 +160,73 @@ class MovingRange(nn.Module):
         return self.describe()
 
 
+class FollowedRange(nn.Module):
+    """The identity, which remembers in training what range its input has; rounded when deployed.
+
+    The first 16 batches and then one in eight moves the range; the very first one sets it.
+
+    Args:
+        bits: Bits per code when it is deployed, 1 to 8.
+        nonneg: Whether no value is below zero.
+        upper: A bound of the values, where they have one.
+        momentum: Weight of the range so far against that of a batch.
+
+    Attributes:
+        low: ``[]``.
+        high: ``[]``.
+        batches: ``[]`` int64; how many were seen in training.
+    """
+
+    fxq_kind = "quantizer"
+    low: Tensor
+    high: Tensor
+    batches: Tensor
+
+    def __init__(
+        self, bits: int, *, nonneg: bool, upper: float | None = None, momentum: float = 0.9
+    ) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.bits = bits
+        self.nonneg = nonneg
+        self.upper = upper
+        self.momentum = momentum
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The very same tensor, ``x: [...]``."""
+        if self.training and x.numel():
+            self._follow(x.detach())
+        return x
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _follow(self, x: Tensor) -> None:
+        seen = int(self.batches)
+        self.batches += 1
+        if seen >= 16 and seen % 8:
+            return
+        low, high = _extremes(x.permute(0, 2, 3, 1) if x.dim() == 4 else x)  # as memory lies
+        momentum = min(self.momentum, seen / (seen + 1))
+        self.low.lerp_(low, 1 - momentum)
+        self.high.lerp_(high, 1 - momentum)
+
+    def frozen(self) -> ActivationQuantizer:
+        """The quantizer with the range of now."""
+        low = torch.zeros_like(self.low) if self.nonneg else self.low
+        high = self.high if self.upper is None else self.high.clamp(max=self.upper)
+        scale, zero_point = grid_from_range(low, torch.maximum(low, high), self.bits)
+        return ActivationQuantizer(scale.float(), zero_point, self.bits)
+
+    def describe(self) -> str:
+        """Bits and range, for listings."""
+        return f"{self.bits}-bit range {float(self.low):.4g}..{float(self.high):.4g}"
+
+    def extra_repr(self) -> str:
+        """Shown in the module's repr."""
+        return self.describe()
+
+
 def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:
     low, high = torch.aminmax(x)
     return low.float(), high.float()

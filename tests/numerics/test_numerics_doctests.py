@@ -19,6 +19,9 @@ MODULES = (
     "levels",
     "learned_clip",
     "lloyd",
+    "fixed_point",
+    "adaptive",
+    "quantization_error",
 )
 
 
