@@ -102,7 +102,7 @@ class AdaptBackward(Quantization):
 
     def quantizer(self, observer: Observer, place: Place) -> nn.Module:
         """What follows the range of a value."""
-        return FollowedRange(8, nonneg=place.relu, upper=place.upper)
+        return FollowedRange(8, nonneg=place.relu, upper=place.upper).eval()
 
     def quantized_layer(self, layer: nn.Module, options: Self) -> tuple[nn.Module, str]:
         """The layer on fixed-point operands."""
@@ -135,7 +135,9 @@ class AdaptBackward(Quantization):
             if reader.op == "call_module":
                 edit.replace_module(reader, FusedRelu())
             else:
-                edit.call_instead(reader, f"{reader.name}_fused", FusedRelu())
+                call = edit.call_instead(reader, f"{reader.name}_fused", FusedRelu())
+                edit.write_facts(call, fused_into=node.name, nonneg=True)
+                edit.write_facts(node, fused_relu=call.name)
 
     def _bits_for(self, program: Program, layers: list[fx.Node], edges: set[fx.Node]) -> int:
         return 8  # of what is deployed
@@ -143,7 +145,7 @@ class AdaptBackward(Quantization):
     def _layer(self, layer: Any, *, is_deployed: bool) -> FixedPointLayer:
         inner = layer.layer if isinstance(layer, NormalizedLayer) else layer
         norm = layer.norm if isinstance(layer, NormalizedLayer) else None
-        return FixedPointLayer(
+        made = FixedPointLayer(
             inner,
             norm,
             self.adaptation(self.weight_bits),
@@ -151,10 +153,11 @@ class AdaptBackward(Quantization):
             self.adaptation(self.gradient_bits),
             is_deployed=is_deployed,
         )
+        return made.eval()  # the probe batch teaches controllers nothing
 
     def _rewrite_product(self, edit: Editor, node: fx.Node) -> None:
         options = (self.adaptation(self.activation_bits),) * 2
-        product = FixedPointProduct(*options, self.adaptation(self.gradient_bits))
+        product = FixedPointProduct(*options, self.adaptation(self.gradient_bits)).eval()
         edit.hit(edit.call_instead(node, f"{node.name}_product", product))
 
 

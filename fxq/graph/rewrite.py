@@ -83,11 +83,13 @@ class Editor:
         self.program.module.set_submodule(str(node.target), module)
 
     def call_instead(self, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
-        """A call of a new module stands where a function was called, with the same arguments."""
+        """A call of a new module stands where a function was called, and reads the same nodes."""
         target = self._free_name(name)
         self.program.module.add_submodule(target, module)
         with self.program.graph.inserting_before(node):
-            call = self.program.graph.call_module(target, node.args, node.kwargs)
+            operands = (*node.args, *node.kwargs.values())
+            read = tuple(value for value in operands if isinstance(value, fx.Node))
+            call = self.program.graph.call_module(target, read)
         known = facts(node)
         write_facts(call, origin=self.origin, path=known.path, shape=known.shape, dtype=known.dtype)
         node.replace_all_uses_with(call)

@@ -229,11 +229,12 @@ class _Grid:
         """``[limbs, channels, 1, kh, kw]``: products of each channel with itself."""
         length, channels = len(columns), columns.shape[1] // limbs
         wide = columns.view(length, limbs, channels)
+        dtype = torch.int32 if length <= LONGEST_SUM else torch.float64
         result = []
         for dy, dx in itertools.product(range(self.kernel[0]), range(self.kernel[1])):
             at, phase = self._place(dy * self.geometry.dilation[0], dx * self.geometry.dilation[1])
             own = rows[at : at + length, phase * channels : (phase + 1) * channels]
-            result.append((wide * own.unsqueeze(1).int()).sum(0, dtype=torch.int32))
+            result.append((wide * own.unsqueeze(1).int()).sum(0, dtype=dtype))
         return torch.stack(result, -1).view(limbs, channels, 1, *self.kernel)
 
     def _input_rows(self, x: Tensor) -> Tensor:

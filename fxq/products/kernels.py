@@ -21,6 +21,9 @@ from fxq.products.geometry import Geometry
 EXACT_FLOAT32 = 2.0**24
 """Whole numbers below it are float32 numbers, and so are their sums."""
 
+INT32_SUM = 2.0**31
+"""What sums of onednn's kernels stay below."""
+
 LONGEST_SUM = 2**31 // 2**14 - 1
 """How many products of two bytes fit an int32, whatever their signs."""
 
@@ -53,10 +56,11 @@ def convolution(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         weight: ``[out, in/groups, kh, kw]`` int8.
         geometry: Where windows lie.
     """
-    if not _onednn_can(x, weight, geometry):
+    most = largest_sum(weight)
+    if most >= INT32_SUM or not _onednn_can(x, weight, geometry):
         return float_convolution(x, weight, geometry)
     found = _onednn_convolution(x, weight, geometry)
-    if largest_sum(weight) < EXACT_FLOAT32 or _is_below_limit(found):
+    if most < EXACT_FLOAT32 or _is_below_limit(found):
         return found
     return float_convolution(x, weight, geometry)
 
@@ -85,6 +89,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """
     if left.device.type != "cpu" or not int_mm_is_exact():
         return left.double() @ right.double()
+    left, right = _unmistakable(left), _unmistakable(right)
     length = left.shape[1]
     if length <= LONGEST_SUM:
         return torch._int_mm(left, right)
@@ -97,7 +102,13 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 def largest_sum(weight: Tensor) -> float:
     """What no sum of products of bytes with the weights of an output channel exceeds."""
-    return 128.0 * float(weight.flatten(1).abs().sum(1, dtype=torch.int64).max())
+    magnitudes = weight.flatten(1).abs().view(torch.uint8)  # as int8 that of -128 is -128
+    return 128.0 * float(magnitudes.sum(1, dtype=torch.int64).max())
+
+
+def _unmistakable(matrix: Tensor) -> Tensor:
+    """The matrix; a single row with strides that `torch._int_mm` does not take for a column."""
+    return matrix.flatten().unsqueeze(0) if len(matrix) == 1 else matrix
 
 
 def _onednn_convolution(

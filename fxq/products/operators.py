@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxq.products.elementwise import combined, fixed_point_limbs
+from fxq.products.elementwise import channel_sum, combined, fixed_point_limbs
 from fxq.products.geometry import Geometry, Pair
 from fxq.products.gradients import input_gradient, weight_gradient
 from fxq.products.kernels import convolution, product, scaled_convolution
+
+CACHED = 2**20
+"""How many whole numbers of a product are made at a time."""
 
 
 @torch.library.custom_op("fxq::quantize", mutates_args=())
@@ -237,7 +240,10 @@ def matmul(
         exponent: Of a unit of the product.
         relu: Whether what is below zero becomes zero.
     """
-    found = _summed(left, right, exponent, product if left.dim() == 3 else _batched_product)
+    if left.dim() > 3:
+        found = _summed(left, right, exponent, _batched_product)
+    else:
+        found = _by_rows(left, right, exponent)
     return _finished(found, bias, relu, -1)
 
 
@@ -248,10 +254,41 @@ def _(
     return left.new_empty((*left.shape[1:-1], right.shape[-1]), dtype=torch.float32)
 
 
+def _by_rows(left: Tensor, right: Tensor, exponent: int) -> Tensor:
+    """``[m, n]``, as many rows at a time as fit a cache: whole numbers never go to memory."""
+    rows, columns = left.shape[1], right.shape[2]
+    step = max(1, CACHED // max(1, columns))
+    if rows <= step:
+        return _summed(left, right, exponent, product)
+    result = left.new_empty((rows, columns), dtype=torch.float32)
+    for at in range(0, rows, step):
+        result[at : at + step] = _summed(left[:, at : at + step], right, exponent, product)
+    return result
+
+
 def _batched_product(left: Tensor, right: Tensor) -> Tensor:
     flat = zip(left.flatten(0, -3), right.flatten(0, -3), strict=True)
     found = torch.stack([product(one, other) for one, other in flat])
     return found.view(*left.shape[:-1], right.shape[-1])
+
+
+# ---- biases ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fxq::channel_sum", mutates_args=())
+def bias_gradient(gradient: Tensor, mask: Tensor | None) -> Tensor:
+    """``[channels]`` float32: the sum over all but dimension 1.
+
+    Args:
+        gradient: ``[N, channels, …]`` float32.
+        mask: Of the same shape: where it is not above zero, the gradient counts as zero.
+    """
+    return channel_sum(gradient, mask)
+
+
+@bias_gradient.register_fake
+def _(gradient: Tensor, mask: Tensor | None) -> Tensor:
+    return gradient.new_empty(gradient.shape[1])
 
 
 # ---- sums over limbs -------------------------------------------------------------------------

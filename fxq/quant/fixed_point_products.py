@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from fxq.errors import TrainingError
 from fxq.numerics.adaptive import FLOAT_BITS
 from fxq.products import operators
-from fxq.products.elementwise import channel_sum
 from fxq.quant.controller import Controller
 
 
@@ -208,7 +207,7 @@ class FixedPointConvolution(torch.autograd.Function):
         return (
             conv_input(flow, kernel, size, ctx.windows) if wants_input else None,
             conv_weight(source, flow, taps, ctx.windows) if wants_weight else None,
-            channel_sum(gradient, mask) if wants_bias else None,
+            operators.bias_gradient(gradient, mask) if wants_bias else None,
             None,
             None,
             None,
@@ -247,7 +246,7 @@ class FixedPointTransposed(torch.autograd.Function):
         return (
             conv_forward(flow, kernel, None, ctx.windows) if wants_input else None,
             conv_weight(flow, source, taps, ctx.windows) if wants_weight else None,
-            channel_sum(gradient) if wants_bias else None,
+            operators.bias_gradient(gradient, None) if wants_bias else None,
             None,
             None,
             None,
@@ -284,7 +283,7 @@ class FixedPointLinear(torch.autograd.Function):
         return (
             matrices(flow, kernel) if wants_input else None,
             matrices(_swapped(flow), source) if wants_weight else None,
-            channel_sum(gradient, mask) if wants_bias else None,
+            operators.bias_gradient(gradient, mask) if wants_bias else None,
             None,
             None,
         )

@@ -13,6 +13,7 @@ from torch import nn
 
 from fxq.training.checkpoint import Row
 from fxq.training.optimizer import is_alpha
+from fxq.training.widths import write_widths
 
 LOG, STEPS, CURVES = "log.csv", "steps.csv", "curves.png"
 
@@ -60,6 +61,10 @@ class Log:
         head = list(dict.fromkeys(name for row in rows for name in row))
         cells = [["" if row.get(name) is None else row[name] for name in head] for row in rows]
         _replace(self._folder / LOG, [head, *cells])
+
+    def write_widths(self, module: nn.Module, epoch: int) -> None:
+        """``widths.csv`` holds the fixed-point widths up to this epoch, where there are any."""
+        write_widths(self._folder, module, epoch)
 
     def _fields(self, step: int, loss: float) -> tuple[Any, ...]:
         return step + 1, step // self._per_epoch + 1, self._rate(step), loss

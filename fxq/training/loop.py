@@ -33,6 +33,7 @@ from fxq.training.optimizer import make_optimizer, momentum_of, restore_momentum
 from fxq.training.options import TrainingOptions
 from fxq.training.schedule import rate_factor
 from fxq.training.watch import Moment, Training, Watch
+from fxq.training.widths import begin_training, draw_widths, width_columns
 from fxq.training.world import World
 from fxq.workspace import digest
 
@@ -98,6 +99,7 @@ def fit(
     run.evaluate, run.columns, run.interval = evaluate, columns, checkpoint_seconds
     if not module.training:
         module.train()
+    begin_training(module, run.per_epoch)
     with run.deterministic(), Interrupts() as interrupts:
         run.interrupts = interrupts
         run.resume()
@@ -206,6 +208,7 @@ class _Run:
                 raise
         if self.folder is not None and self.world.is_first:
             draw_curves(self.folder, self.position.losses, self.position.rows)
+            draw_widths(self.folder)
 
     def _prepared(self) -> Callable[..., Any]:
         """The network as it is called: shared between processes, and compiled where asked for."""
@@ -294,6 +297,7 @@ class _Run:
             "test_accuracy": self._measured(),
             "seconds": round(self.position.seconds, 3),
             **alpha_columns(self.module),
+            **width_columns(self.module),
         }
         if self.columns is not None:
             with torch.no_grad():
@@ -303,6 +307,7 @@ class _Run:
         self.save()
         if self._log is not None:
             self._log.write_rows(self.position.rows)
+            self._log.write_widths(self.module, epoch + 1)
         self.watch.on_epoch(row)
 
     def _measured(self) -> float | None:
