@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,8 +132,13 @@ class MovingRange(nn.Module):
         top = 2**self.bits - 1
         low, high = self.low.clamp(max=0), self.high.clamp(min=0)
         scale = ((high - low) / top).clamp(min=MIN_SCALE)
-        zero_point = torch.round(-low / scale).to(torch.int32)
-        result: Tensor = torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, 0, top)
+        zero_point = torch.round(-low / scale)
+        if torch.compiler.is_compiling():  # into one loop with its neighbours
+            fused: Tensor = _OnGrid.apply(x.float(), scale, zero_point, top)  # type: ignore[no-untyped-call]
+            return fused
+        result: Tensor = torch.fake_quantize_per_tensor_affine(
+            x.float(), scale, zero_point.to(torch.int32), 0, top
+        )
         return result
 
     def _follow(self, x: Tensor) -> None:
@@ -158,6 +164,23 @@ class MovingRange(nn.Module):
     def extra_repr(self) -> str:
         """Shown in the module's repr."""
         return self.describe()
+
+
+class _OnGrid(torch.autograd.Function):
+    """What ``fake_quantize_per_tensor_affine`` computes, as operations that a compiler fuses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:
+        """The nearest codes' values."""
+        steps = torch.round(x / scale) + zero_point
+        ctx.save_for_backward((steps >= 0) & (steps <= top))
+        return (steps.clamp(0, top) - zero_point) * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """Straight through, but for what lies beyond the ends."""
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None, None
 
 
 class FollowedRange(nn.Module):
