@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from .options import Engine, Flavor, Print, default_folder
 if TYPE_CHECKING:
     from fxq.compiler import Result
     from fxq.recipe import Recipe
+    from fxq.trail.journal import Step
 
     from .load import Batches, Subject
     from .max_drop import Raised
@@ -62,18 +63,24 @@ class Plan:
     evaluation: Evaluation | None
 
 
-def run(job: Job) -> None:
-    """The network is compiled, measured and saved, and all of it told."""
-    from . import unfinished
+def run(job: Job, on_step: Callable[[Step], None] | None = None) -> None:
+    """The network is compiled, measured and saved, and all of it told.
+
+    Args:
+        job: What was asked for.
+        on_step: Called after every pass.
+    """
+    from . import failure, unfinished
     from .show_compile import Reporter, coverage_warning, simulation_warning
 
     plan = prepared(job)
     _check_trains_nothing(plan.recipe)
     announce(plan)
     with unfinished.kept(plan.unfinished, fresh=job.fresh):
-        with Reporter(job.printing) as reporter:
+        with Reporter(job.printing, on_step) as reporter:
             before = measured(plan, plan.subject.model.module, reporter)
-            result, raised = _compiled(job, plan, reporter)
+            with failure.reproducible(job, plan.recipe, plan.folder, reporter):
+                result, raised = _compiled(job, plan, reporter)
             after = measured(plan, result.module, reporter)
         result.artifact.metadata.update(metadata_of(job, plan, before, after))
         if raised is not None:
@@ -277,7 +284,7 @@ def announce(plan: Plan) -> None:
 
     model = plan.subject.model
     show.line(f"{model.spec}, weights: {plan.subject.weights}; recipe {plan.recipe.name}")
-    if plan.subject.weights == RANDOM:
+    if plan.subject.weights == RANDOM and not plan.recipe.training:
         show.notice("the weights are random: sizes and speed mean something, accuracy does not")
     if plan.calibration is not None:
         show.line(f"calibrating on {plan.calibration.source}")
@@ -295,6 +302,8 @@ def metadata_of(job: Job, plan: Plan, before: Score | None, after: Score | None)
         "mean": list(known.mean) if known else None,
         "std": list(known.std) if known else None,
         "calibration": plan.calibration.source if plan.calibration else None,
+        "calibrated": plan.calibration.name if plan.calibration else None,
+        "images": job.images,
         "data": plan.evaluation.name if plan.evaluation else None,
         "seed": job.seed,
         "size": float_bytes(plan.subject.model.module),

@@ -17,8 +17,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "diff": (
         "fxq diff runs/digits-convnet-aciq-4bit --stat",
-        "fxq diff runs/digits-convnet-aciq-4bit --pass fold-batch-norm",
-        "fxq diff runs/mine --against runs/digits-convnet-aciq-4bit --stat",
+        "fxq diff runs/digits-convnet-aciq-4bit fold-batch-norm --code",
+        "fxq diff runs/digits-convnet-aciq-4bit capture last --node 'conv*' -y",
+        "fxq diff runs/mine runs/digits-convnet-aciq-4bit --stat",
+        "fxq diff runs/mine:1 runs/digits-convnet-aciq-4bit:1 --only added --dot",
     ),
     "show": (
         "fxq show runs/digits-convnet-aciq-4bit --step capture",
@@ -38,10 +40,25 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fxq ablate digits/convnet -n 64 --option weight_bits=2,3 -o widths",
         "fxq ablate model.py --option guard=false,true --seeds 0,1 -o guard",
     ),
+    "analyze": (
+        "fxq analyze digits/convnet -n 64 --eval-images 200",
+        "fxq analyze runs/digits-convnet-aciq-4bit --sample 16",
+        "fxq analyze cifar/resnet20 -w w.safetensors -c train.npz -n 64 -o sensitive",
+    ),
+    "bisect": (
+        "fxq bisect digits/convnet --set weight_bits=2 -n 64 --bound 15",
+        "fxq bisect digits/convnet --set weight_bits=2 -n 64 --metric accuracy --bound 95",
+        "fxq bisect model.py -r minmax-int8 --bound 20 --json",
+    ),
     "cost": (
         "fxq cost torchvision/resnet18 -r apot-4bit",
         "fxq cost digits/convnet -r mixed-4bit -n 64 --json",
         "fxq cost runs/digits-convnet-aciq-4bit --csv cost.csv",
+    ),
+    "backward": (
+        "fxq backward tiny/conv",
+        "fxq backward digits/convnet -r static-int8 --full",
+        "fxq backward tiny/mlp --float",
     ),
     "train": (
         "fxq train digits/convnet --epochs 2 --augmentation none",
@@ -56,6 +73,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fxq export runs/digits-convnet-aciq-4bit --force",
         "fxq export runs/mine --flavor compact -o compact.onnx --force",
         "fxq export runs/mine --opset 22 --static -o mine.onnx",
+    ),
+    "replay": ("fxq replay runs/broken.failed",),
+    "report": (
+        "fxq report runs/digits-convnet-aciq-4bit --force",
+        "fxq report runs/mine -o mine.html --force",
     ),
     "verify": (
         "fxq verify runs/digits-convnet-aciq-4bit",

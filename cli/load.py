@@ -223,9 +223,10 @@ def own_train_data(subject: Subject) -> Any:
 
 
 def described(count: int, images: Any) -> str:
-    """How many of the images at a place are used, for people."""
+    """How many of the images, or other samples, at a place are used, for people."""
     all_or_some = f"{count}" if count == len(images) else f"{count} of {len(images)}"
-    return f"{all_or_some} images of {getattr(images, 'name', 'the model file')}"
+    unit = getattr(images, "unit", "images")
+    return f"{all_or_some} {unit} of {getattr(images, 'name', 'the model file')}"
 
 
 class _Some:

@@ -11,12 +11,18 @@ import typer
 
 from . import options as opt
 from .ablate_command import ablate_command
+from .analyze_command import analyze_command
+from .backward_command import backward_command
+from .bisect_command import bisect_command
 from .cost_command import cost_command
+from .diff_command import diff_command
 from .examples import epilog
 from .export_command import export_command
 from .guard import INTERRUPTED, Guarded
 from .import_command import import_command
 from .max_drop import MaxDrop
+from .replay_command import replay_command
+from .report_command import report_command
 from .train_command import train_command
 from .verify_command import verify_command
 
@@ -133,28 +139,7 @@ def compile_command(
     work.run(job)
 
 
-@app.command("diff", epilog=epilog("diff"))
-def diff_command(
-    run: opt.Run,
-    only: opt.PassName = None,
-    stat: Annotated[
-        bool, typer.Option("--stat", help="Only how many nodes changed, and which operators")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for other programs")] = False,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            "--against",
-            metavar="RUN",
-            show_default=False,
-            help="Compare with the graph of another run instead",
-        ),
-    ] = None,
-) -> None:
-    """Show what each pass changed: nodes added, removed, rewired, noted and retuned."""
-    from . import trail
-
-    trail.diff(run, only, stat, as_json, against)
+app.command("diff", epilog=epilog("diff"))(diff_command)
 
 
 @app.command("show", epilog=epilog("show"))
@@ -246,10 +231,15 @@ def eval_command(
 
 
 app.command("ablate", epilog=epilog("ablate"))(ablate_command)
+app.command("analyze", epilog=epilog("analyze"))(analyze_command)
+app.command("bisect", epilog=epilog("bisect"))(bisect_command)
 app.command("cost", epilog=epilog("cost"))(cost_command)
 app.command("train", epilog=epilog("train"))(train_command)
+app.command("backward", epilog=epilog("backward"))(backward_command)
 app.command("import", epilog=epilog("import"))(import_command)
 app.command("export", epilog=epilog("export"))(export_command)
+app.command("replay", epilog=epilog("replay"))(replay_command)
+app.command("report", epilog=epilog("report"))(report_command)
 app.command("verify", epilog=epilog("verify"))(verify_command)
 
 

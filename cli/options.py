@@ -37,6 +37,13 @@ class Flavor(StrEnum):
     COMPACT = "compact"
 
 
+class Measure(StrEnum):
+    """What ``bisect`` measures."""
+
+    SQNR = "sqnr"
+    ACCURACY = "accuracy"
+
+
 _NETWORK, _DATA, _COMPILATION, _OUTPUT = "Network", "Data", "Compilation", "Output"
 
 Model = Annotated[

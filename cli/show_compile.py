@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -71,21 +71,29 @@ class Reporter(Meter):
 
     Args:
         printing: Whether the changed nodes, or the whole graph, follow the line.
+        on_step: Called after every pass, too.
+
+    Attributes:
+        steps: The passes so far.
     """
 
-    def __init__(self, printing: Print = Print.NONE) -> None:
+    def __init__(
+        self, printing: Print = Print.NONE, on_step: Callable[[Step], None] | None = None
+    ) -> None:
         super().__init__()
-        self._printing = printing
-        self._count = 0
+        self._printing, self._on_step = printing, on_step
+        self.steps: list[Step] = []
 
     def step(self, step: Step) -> None:
         """One pass has finished."""
-        if not self._count:
+        if not self.steps:
             self._line(heading())
-        self._count += 1
-        for text in step_lines(step, self._count):
+        self.steps.append(step)
+        for text in step_lines(step, len(self.steps)):
             self._line(text)
         self._details(step)
+        if self._on_step is not None:
+            self._on_step(step)
 
     def _details(self, step: Step) -> None:
         if self._printing is Print.ALL:

@@ -2,63 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from fxq.trail.delta import KINDS, SIGNS
-from fxq.trail.journal import format_db
 
 from . import show
 
 if TYPE_CHECKING:
     from fxq.trail.delta import Change, Delta
-    from fxq.trail.journal import Step
     from fxq.trail.snapshot import NodeRecord, Snapshot
 
-    from .trail import Reasons, Section
+    from .trail import Reasons
 
 COLOURS = dict(zip(KINDS, ("green", "red", "yellow", "cyan", "magenta"), strict=True))
 
 
 def counts(delta: Delta) -> Text:
     """How many nodes changed in each way, each in its colour."""
-    found = delta.counts()
-    if not found:
+    return totals(delta.counts())
+
+
+def totals(found: Mapping[str, int]) -> Text:
+    """The same of counts by kind."""
+    if not any(found.values()):
         return Text("no change", style="dim")
-    parts = [Text(f"{SIGNS[kind]}{n} {kind}", style=COLOURS[kind]) for kind, n in found.items()]
+    parts = [
+        Text(f"{SIGNS[kind]}{found[kind]} {kind}", style=COLOURS[kind])
+        for kind in KINDS
+        if found.get(kind)
+    ]
     return Text("  ").join(parts)
 
 
-def section(one: Section, *, stat: bool) -> None:
-    """A heading with the counts, then the changed nodes unless only the statistics are wanted."""
-    name = f"{one.position} {one.title:<18} " if one.step is not None else f"{one.title}  "
-    show.line(Text.assemble((name, "bold"), counts(one.delta), _costs(one.step)))
-    if stat:
-        show.lines(_census(one.delta))
-    else:
-        show.lines(text for change in one.delta.changes for text in change_lines(change))
-
-
-def _costs(step: Step | None) -> Text:
-    if step is None:
-        return Text()
-    parts = [f"{step.seconds:.2f} s"]
-    if step.sqnr is not None:
-        parts.insert(0, format_db(step.sqnr))
-    if step.misses:
-        parts.append(f"{len(step.misses)} refused")
-    return Text("  " + "  ".join(parts), style="dim")
-
-
-def _census(delta: Delta) -> list[str]:
-    parts = [f"{count:+d} {op}" for op, count in delta.census().items()]
-    return ["    " + "  ".join(parts)] if parts else []
-
-
-def change_lines(change: Change) -> list[Text]:
+def change_lines(change: Change, digests: bool = True) -> list[Text]:
     """A change as one or two lines."""
-    first, *others = change.lines()
+    first, *others = change.lines(digests)
     return [
         Text(first, style=COLOURS[change.kind]),
         *(Text(text, style="dim") for text in others),

@@ -1,4 +1,4 @@
-"""``fxq diff``, ``show`` and ``explain``: readers of the journal and the ledger of a run."""
+"""``fxq show`` and ``explain``, and how all readers of a run find it and its steps."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import fnmatch
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fxq.errors import ArtifactError, UnknownNameError, nearest_hint
 
 if TYPE_CHECKING:
     from fxq.graph.program import Program
     from fxq.integer.ledger import Ledger
-    from fxq.trail.delta import Delta
     from fxq.trail.journal import Journal, Step
     from fxq.trail.snapshot import Snapshot
 
-CAPTURE = "capture"
+CAPTURE, LAST = "capture", "last"
 
 
 def is_run(name: str) -> bool:
     """Whether a folder with a journal has that name."""
     return (Path(name) / "journal.json").is_file()
+
+
+def names_a_folder(text: str) -> bool:
+    """Whether a text can only mean a folder: a path, or the name of one that is there."""
+    return "/" in text or Path(text).is_dir()
 
 
 def run_folder(name: str) -> Path:
@@ -71,17 +75,21 @@ def load_ledger(folder: Path) -> Ledger | None:
 def find_step(journal: Journal, wanted: str) -> int:
     """The position, from 1, of a pass given by name or position; 0 is the captured graph.
 
+    Of passes of one name, the last is meant. ``capture`` and ``last`` are names, too.
+
     Raises:
         UnknownNameError: No pass has that name or position.
     """
     names = [step.name for step in journal]
     if wanted == CAPTURE or (wanted.isdigit() and int(wanted) == 0):
         return 0
+    if wanted == LAST:
+        return len(names)
     if wanted.isdigit() and int(wanted) <= len(names):
         return int(wanted)
     if wanted in names:
         return len(names) - names[::-1].index(wanted)
-    known = [CAPTURE, *names]
+    known = [CAPTURE, LAST, *names]
     error = UnknownNameError("pass in this run", wanted, known)
     if wanted.isdigit():
         error.hint = f"the run has {len(names)} passes; 0 is the captured graph"
@@ -89,75 +97,14 @@ def find_step(journal: Journal, wanted: str) -> int:
 
 
 def graph_after(journal: Journal, position: int) -> Snapshot:
-    """The graph after the pass at a position, from 1; 0 is the captured graph."""
+    """The graph after the pass at a position, from 1; 0 is the captured graph.
+
+    Raises:
+        ArtifactError: No pass has run, so that no graph was recorded.
+    """
+    if not journal.steps:
+        raise ArtifactError("no pass has run, so there is no graph", hint="see recipe.toml")
     return journal.steps[position - 1].after if position else journal.steps[0].before
-
-
-# ---- diff --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Section:
-    """What is shown of one pass, or of the difference between two runs."""
-
-    position: int
-    title: str
-    delta: Delta
-    step: Step | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The section as JSON-ready data."""
-        return {
-            "position": self.position,
-            "name": self.title,
-            "counts": self.delta.counts(),
-            "census": self.delta.census(),
-            "changes": [
-                {
-                    "kind": change.kind,
-                    "node": change.name,
-                    "before": change.before and change.before.text(),
-                    "after": change.after and change.after.text(),
-                }
-                for change in self.delta.changes
-            ],
-        }
-
-
-def diff(run: str, only: str | None, stat: bool, as_json: bool, against: str | None) -> None:
-    """What each pass of a run changed, or how its graph differs from another run's, is printed."""
-    from . import show, show_trail
-
-    journal = load_journal(run)
-    sections = _between(journal, run, against, only) if against else _passes(journal, only)
-    if as_json:
-        data = {"run": run, "against": against, "sections": [one.to_json() for one in sections]}
-        show.raw(json.dumps(data, indent=1))
-        return
-    for position, section in enumerate(sections):
-        if position and not stat:
-            show.line()
-        show_trail.section(section, stat=stat)
-
-
-def _passes(journal: Journal, only: str | None) -> list[Section]:
-    positions = range(1, len(journal) + 1)
-    if only is not None:
-        chosen = find_step(journal, only)
-        if chosen == 0:
-            raise UnknownNameError("pass in this run", only, [step.name for step in journal])
-        positions = range(chosen, chosen + 1)
-    steps = [(position, journal.steps[position - 1]) for position in positions]
-    return [Section(position, step.name, step.delta, step) for position, step in steps]
-
-
-def _between(journal: Journal, run: str, against: str, only: str | None) -> list[Section]:
-    from fxq.trail.delta import compare
-
-    other = load_journal(against)
-    places = [find_step(one, only) if only else len(one) for one in (other, journal)]
-    before, after = graph_after(other, places[0]), graph_after(journal, places[1])
-    return [Section(places[1], f"{against} -> {run}", compare(before, after))]
 
 
 # ---- show --------------------------------------------------------------------------------------

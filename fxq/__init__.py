@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxq.artifact import Artifact, load
+    from fxq.attribution import attribute
     from fxq.compiler import Result, compile, lower
     from fxq.errors import FxqError
     from fxq.graph.capture import capture
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Artifact": "fxq.artifact",
     "load": "fxq.artifact",
+    "attribute": "fxq.attribution",
     "Result": "fxq.compiler",
     "compile": "fxq.compiler",
     "lower": "fxq.compiler",
@@ -46,6 +48,7 @@ __all__ = [
     "Recipe",
     "Result",
     "__version__",
+    "attribute",
     "capture",
     "compile",
     "load",

@@ -23,6 +23,7 @@ import fxq
 from fxq.errors import ArtifactError, UnknownNameError
 from fxq.integer.ledger import Ledger
 from fxq.integer.program import IntegerProgram
+from fxq.notebook import artifact_html
 from fxq.registry import find_backend
 from fxq.trail.journal import Journal
 
@@ -69,6 +70,9 @@ class Artifact:
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """The output of the module."""
         return self.module(*inputs)
+
+    def _repr_html_(self) -> str:
+        return artifact_html(self)
 
     @property
     def size_after(self) -> int:

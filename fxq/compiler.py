@@ -13,13 +13,15 @@ from torch import nn
 
 from fxq.artifact import Artifact
 from fxq.calibration import CalibrationData, on_cpu
-from fxq.errors import LoweringError, RecipeError
+from fxq.contracts import output_drift
+from fxq.errors import FxqError, LoweringError, RecipeError
 from fxq.graph.capture import ExampleInputs, as_inputs, capture
 from fxq.graph.program import Program, Progress
 from fxq.pipeline import Pass, Pipeline
 from fxq.quant.learned import Learned
 from fxq.recipe import Recipe
 from fxq.registry import find_backend, find_pass
+from fxq.trail.drift import Drift
 from fxq.trail.journal import Journal, Step
 from fxq.trainable import TrainingModule, program_of, unwrapped
 from fxq.workspace import open_workspace
@@ -125,18 +127,16 @@ def compile(
     if check_options is not None:  # before the passes run
         check_options(**backend_options)
     unfinished = None if workspace is None else open_workspace(workspace)
-    program = capture(
+    program = opened(
         model,
-        on_cpu(as_inputs(example_inputs)),
+        example_inputs,
+        chosen,
+        calibration,
         leaf_modules=leaf_modules,
         concrete_args=concrete_args,
     )
-    program.recipe = chosen.name
-    program.overrides = chosen.layers
-    program.simulation = chosen.simulation
     program.progress = progress
     program.workspace = unfinished
-    program.calibration = _calibration(program, calibration, chosen.passes)
     journal = chosen.pipeline(check=check).run(program, on_step)
     program.calibration = None
     if chosen.training:
@@ -144,7 +144,41 @@ def compile(
         seconds = time.perf_counter() - start
         return Result(program, journal, chosen, seconds, trainable=trainable)
     artifact = _of_recipe(chosen, lower(program, backend, journal=journal, **backend_options))
+    if check:
+        journal.integers = _drift(journal.reference, artifact.module, program)
     return Result(program, journal, chosen, time.perf_counter() - start, artifact)
+
+
+def opened(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    recipe: Recipe,
+    calibration: Iterable[Any] | None,
+    *,
+    leaf_modules: Sequence[type[nn.Module] | str] = (),
+    concrete_args: Mapping[str, Any] | None = None,
+) -> Program:
+    """A model as the first pass of a recipe finds it; the arguments are those of `compile`."""
+    program = capture(
+        model,
+        on_cpu(as_inputs(example_inputs)),
+        leaf_modules=leaf_modules,
+        concrete_args=concrete_args,
+    )
+    program.recipe = recipe.name
+    program.overrides = recipe.layers
+    program.simulation = recipe.simulation
+    program.calibration = _calibration(program, calibration, recipe.passes)
+    return program
+
+
+def _drift(reference: Any, module: nn.Module, program: Program) -> Drift | None:
+    """How far the lowered module is from the model; None where its runtime is not at hand."""
+    try:
+        with torch.no_grad():
+            return output_drift(reference, module(*program.probe))
+    except FxqError:
+        return None
 
 
 def lower(program: Program | nn.Module, backend: str = "eager", **options: Any) -> Artifact:
@@ -167,7 +201,8 @@ def lower(program: Program | nn.Module, backend: str = "eager", **options: Any) 
         return find_backend(backend).lower(program, **options)
     origin, frozen = unwrapped(program).origin, program_of(program)
     step = Pipeline(find_pass("freeze-trained")()).run(frozen)
-    journal = Journal([*origin.journal.steps, *step.steps])
+    values = origin.journal.values.joined(step.values)
+    journal = Journal([*origin.journal.steps, *step.steps], values=values)
     artifact = find_backend(backend).lower(frozen, journal=journal, **options)
     return _of_recipe(origin.recipe, artifact)
 

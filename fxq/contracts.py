@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fxq.errors import ContractError
+from fxq.trail.drift import Drift
 
 
 class Contract(StrEnum):
@@ -71,6 +72,27 @@ def relative_error(reference: Any, actual: Any) -> float:
             worst = max(worst, error if math.isfinite(error) else math.inf)
             magnitude = max(magnitude, float(want.abs().nan_to_num(0, 0, 0).max()))
     return worst / magnitude if magnitude else (math.inf if worst else 0.0)
+
+
+def output_drift(reference: Any, actual: Any) -> Drift:
+    """How far an output is from a reference, over all its tensors; flips are of the first of them.
+
+    Example:
+        >>> output_drift(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 2.0]]))
+        Drift(sqnr=7.958800173440752, largest=2.0, flips=1, decisions=1)
+    """
+    pairs = list(_pairs(reference, actual))
+    apart = [_difference(want, have).abs() for want, have in pairs if want.numel()]
+    largest = max((float(one.nan_to_num(nan=math.inf).max()) for one in apart), default=0.0)
+    flips = _flips(*pairs[0]) if pairs else torch.empty(0)
+    return Drift(output_sqnr(reference, actual), largest, int(flips.sum()), flips.numel())
+
+
+def _flips(want: torch.Tensor, have: torch.Tensor) -> torch.Tensor:
+    """Where the classes along dimension 1 have another argmax; empty where there are none."""
+    if want.dim() < 2 or want.shape[1] < 2 or want.shape != have.shape or not want.numel():
+        return torch.empty(0)
+    return want.argmax(1) != have.argmax(1)
 
 
 def _pairs(reference: Any, actual: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -13,7 +13,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,11 +90,12 @@ def load_model(spec: str, *, input_shape: Sequence[int] | None = None, seed: int
     if match := _IMPORT.fullmatch(spec):
         return _from_import(spec, match["path"], match["name"], example, seed)
     entry = _entry(spec)
+    shaped = replace(entry, input_shape=tuple(input_shape)) if input_shape else entry
     return NamedModel(
         spec=spec,
         name=spec,
         module=entry.build(seed),
-        example_inputs=example or _random_input(entry.input_shape, seed),
+        example_inputs=(shaped.example(seed),),
         entry=entry,
     )
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxq.contracts import Contract, check_contract, output_sqnr
+from fxq.contracts import Contract, check_contract, output_drift, output_sqnr
 from fxq.errors import (
     CalibrationError,
     ContractError,
@@ -25,6 +25,7 @@ from fxq.errors import (
 from fxq.graph.program import Program, recompile
 from fxq.graph.rewrite import Editor, Miss, neighbourhood
 from fxq.graph.verify import verify
+from fxq.trail.drift import Drift
 from fxq.trail.journal import Journal, Step
 from fxq.trail.snapshot import snapshot
 
@@ -153,14 +154,18 @@ class Pipeline:
         for one in self.passes:
             one.check_options()
         journal = Journal()
-        original = self._probe(None, program)
+        original = journal.reference = self._probe(None, program)
         previous = original
         for one in self.passes:
             step, previous = self._run_one(one, program, journal, original, previous)
             journal.steps.append(step)
             program.passes_run.append(one.name)
+            if self.check:
+                journal.values.observe(program)
             if on_step is not None:
                 on_step(step)
+        if self.check:
+            journal.values.finish(program)
         return journal
 
     def _check_order(self, program: Program) -> None:
@@ -186,9 +191,9 @@ class Pipeline:
         seconds = time.perf_counter() - start
         self._check_graph(one, program)
         output = self._probe(one, program)
-        sqnr = total = None
+        sqnr = drift = None
         if self.check:
-            sqnr, total = _cost(one, program, original, previous, output)
+            sqnr, drift = _cost(one, program, original, previous, output)
         step = Step(
             name=one.name,
             options=one.options(),
@@ -199,8 +204,9 @@ class Pipeline:
             misses=tuple(edit.misses),
             seconds=seconds,
             sqnr=sqnr,
-            total_sqnr=total,
+            total_sqnr=None if drift is None else drift.sqnr,
             notes=tuple(edit.notes),
+            drift=drift,
         )
         return step, output
 
@@ -260,11 +266,15 @@ class Pipeline:
 
 def _cost(
     one: Pass, program: Program, original: Any, previous: Any, output: Any
-) -> tuple[float, float]:
-    """The signal-to-noise ratios against the step before and the model, the contract being kept."""
+) -> tuple[float, Drift]:
+    """The signal-to-noise ratio against the step before, and the drift from the model.
+
+    Raises:
+        ContractError: The pass did not keep its contract.
+    """
     try:
         check_contract(one.name, one.promise, previous, output)
-        return output_sqnr(previous, output), output_sqnr(original, output)
+        return output_sqnr(previous, output), output_drift(original, output)
     except ContractError as error:
         error.where = error.where or one.name
         error.passes_run = tuple(program.passes_run)

@@ -103,6 +103,11 @@ def _find(wing: str, kind: str, name: str) -> Any:
     return offers[name]
 
 
+def plugin_files() -> tuple[Path, ...]:
+    """The files that `load_plugin` has read."""
+    return tuple(_plugins)
+
+
 def load_plugin(path: Path) -> None:
     """The ``CATALOG`` of a Python file is registered: passes, backends and networks by their kind.
 

@@ -58,6 +58,21 @@ class KeptRun(fx.Interpreter):
             return module(*args, **kwargs)
         return getattr(self, node.op)(node.target, args, kwargs)
 
+    def value(self, wanted: fx.Node, changes: Mapping[fx.Node, Change]) -> Any:
+        """The value of a node when these nodes compute something else."""
+        self.env = dict(self._values)
+        moved: set[fx.Node] = set()
+        for node in self._program.graph.nodes:
+            if node in changes or not moved.isdisjoint(node.all_input_nodes):
+                args, kwargs = self.fetch_args_kwargs_from_env(node)
+                compute = changes.get(node) or functools.partial(self.compute, node)
+                with torch.no_grad():
+                    self.env[node] = compute(*args, **kwargs)
+                moved.add(node)
+            if node is wanted:
+                break
+        return self.env[wanted]
+
     def damage(self, changes: Mapping[fx.Node, Change]) -> float:
         """By how much the output is worse when these nodes compute something else.
 
@@ -67,17 +82,9 @@ class KeptRun(fx.Interpreter):
         Raises:
             CalibrationError: The loss is not finite.
         """
-        self.env = dict(self._values)
-        moved: set[fx.Node] = set()
-        value = self._reference
-        for node in self._program.graph.nodes:
-            if node in changes or not moved.isdisjoint(node.all_input_nodes):
-                args, kwargs = self.fetch_args_kwargs_from_env(node)
-                compute = changes.get(node) or functools.partial(self.compute, node)
-                with torch.no_grad():
-                    value = self.env[node] = compute(*args, **kwargs)
-                moved.add(node)
-        loss = output_loss(self._reference, value) if node in moved else 0.0
+        output = next(iter(reversed(self._program.graph.nodes)))
+        value = self.value(output, changes)
+        loss = 0.0 if value is self._values[output] else output_loss(self._reference, value)
         if not math.isfinite(loss):
             raise CalibrationError(
                 "the network's output is not finite on the calibration images",

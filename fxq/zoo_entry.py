@@ -61,6 +61,7 @@ class ZooEntry:
         weights: Name of the weights it is built with: ``"embedded"``, or ``"random"``.
         normalization: How image bytes become its input; None where the input is no image.
         arguments: Positional arguments of the factory.
+        tokens: Number of tokens, where the input is whole numbers from 0; 0 where it is real.
     """
 
     name: str
@@ -72,11 +73,25 @@ class ZooEntry:
     weights: str = "random"
     normalization: Normalization | None = None
     arguments: tuple[str | int | float | bool, ...] = ()
+    tokens: int = 0
 
     @property
     def size(self) -> int:
         """Side of the square input image in pixels; for a vector input, its length."""
         return self.input_shape[-1]
+
+    def example(self, seed: int = 0) -> torch.Tensor:
+        """One example batch of ``input_shape``: from N(0, 1), or tokens drawn evenly.
+
+        Args:
+            seed: Where it is drawn from.
+        """
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        if self.tokens:
+            return torch.randint(self.tokens, self.input_shape, generator=generator)
+        return torch.randn(self.input_shape, generator=generator)
 
     def build(self, seed: int | None = 0) -> torch.nn.Module:
         """The network, in eval mode.

@@ -17,6 +17,8 @@ from .catalog import CATALOG
 
 if TYPE_CHECKING:
     from .accuracy import Accuracy, evaluate_top1
+    from .builtin import builtin_data
+    from .cifar_alexnet import alexnet
     from .cifar_resnet import (
         resnet20,
         resnet20_a,
@@ -29,10 +31,14 @@ if TYPE_CHECKING:
         resnet110,
         resnet110_a,
     )
+    from .cifar_vgg import vgg11
     from .datasets import ImageData, open_images
-    from .digits import builtin_data, digits_convnet
+    from .digits import digits_convnet
     from .mlperf_tiny import resnet8
     from .mobilenet import mobilenet_v1, mobilenet_v2
+    from .sequence_recurrent import gru, lstm
+    from .sequence_transformer import transformer
+    from .sequences import SequenceData, sequence_data
     from .tiny import tiny_concat, tiny_conv, tiny_depthwise, tiny_mlp, tiny_residual
     from .torchvision_models import torchvision_model, torchvision_names
     from .weights import load_weights
@@ -42,12 +48,16 @@ __all__ = [
     "Accuracy",
     "ImageData",
     "Normalization",
+    "SequenceData",
     "ZooEntry",
+    "alexnet",
     "builtin_data",
     "digits_convnet",
     "evaluate_top1",
+    "gru",
     "load_weights",
     "lookup",
+    "lstm",
     "mobilenet_v1",
     "mobilenet_v2",
     "open_images",
@@ -62,6 +72,7 @@ __all__ = [
     "resnet56_a",
     "resnet110",
     "resnet110_a",
+    "sequence_data",
     "tiny_concat",
     "tiny_conv",
     "tiny_depthwise",
@@ -69,15 +80,23 @@ __all__ = [
     "tiny_residual",
     "torchvision_model",
     "torchvision_names",
+    "transformer",
+    "vgg11",
 ]
 
 _HOMES = {
     "accuracy": ("Accuracy", "evaluate_top1"),
+    "builtin": ("builtin_data",),
+    "cifar_alexnet": ("alexnet",),
     "cifar_resnet": tuple(f"resnet{d}{o}" for d in (20, 32, 44, 56, 110) for o in ("", "_a")),
+    "cifar_vgg": ("vgg11",),
     "datasets": ("ImageData", "open_images"),
-    "digits": ("builtin_data", "digits_convnet"),
+    "digits": ("digits_convnet",),
     "mlperf_tiny": ("resnet8",),
     "mobilenet": ("mobilenet_v1", "mobilenet_v2"),
+    "sequence_recurrent": ("gru", "lstm"),
+    "sequence_transformer": ("transformer",),
+    "sequences": ("SequenceData", "sequence_data"),
     "tiny": ("tiny_concat", "tiny_conv", "tiny_depthwise", "tiny_mlp", "tiny_residual"),
     "torchvision_models": ("torchvision_model", "torchvision_names"),
     "weights": ("load_weights",),

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from fxq.errors import DataError
 
 from .datasets import ImageData
+from .sequences import SequenceData
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many images a network got right.
+    """How many images, or tokens of sequences, a network got right.
 
     Example:
         >>> str(Accuracy(correct=3, total=4))
@@ -38,7 +39,7 @@ class Accuracy:
 
 def evaluate_top1(
     module: nn.Module,
-    data: ImageData,
+    data: ImageData | SequenceData,
     batch_size: int = 128,
     progress: Callable[[int, int], None] | None = None,
     *,
@@ -47,27 +48,28 @@ def evaluate_top1(
     """The network's top-1 accuracy in eval mode; its training flags are as before afterwards.
 
     Args:
-        module: ``[N, C, H, W]`` to logits ``[N, classes]``; images are moved to its device.
+        module: Images ``[N, C, H, W]`` to logits ``[N, classes]``, or sequences ``[N, 2, T]`` to
+            logits ``[N, classes, T]``, of which every token counts; inputs move to its device.
         data: Normalised as the network expects it.
-        batch_size: Images per forward pass.
-        progress: Called after each batch with the images done and the images in all.
-        limit: Only the first so many images.
+        batch_size: Images, or sequences, per forward pass.
+        progress: Called after each batch with those done and those there are in all.
+        limit: Only the first so many.
 
     Raises:
-        DataError: If the output is no logit matrix, or a label lies beyond its classes.
+        DataError: If the output is no logits of this shape, or a label lies beyond its classes.
     """
-    total = len(data) if limit is None else min(limit, len(data))
-    correct = done = 0
+    count = len(data) if limit is None else min(limit, len(data))
+    correct = total = done = 0
     device = _device(module)
     training = {child for child in module.modules() if child.training}
     module.eval()
     try:
         with torch.no_grad():
-            for images, labels in data.batches(batch_size, limit=limit):
-                correct += _count_correct(module(images.to(device)), labels, data)
-                done += len(labels)
+            for inputs, labels in data.batches(batch_size, limit=limit):
+                correct += _count_correct(module(inputs.to(device)), labels, data.name)
+                total, done = total + labels.numel(), done + len(labels)
                 if progress is not None:
-                    progress(done, total)
+                    progress(done, count)
     finally:
         for child in training:
             child.training = True
@@ -80,13 +82,14 @@ def _device(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _count_correct(logits: Tensor, labels: Tensor, data: ImageData) -> int:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
+def _count_correct(logits: Tensor, labels: Tensor, name: str) -> int:
+    is_logits = isinstance(logits, Tensor) and logits.ndim >= 2
+    if not is_logits or (len(logits), *logits.shape[2:]) != tuple(labels.shape):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(f"the network gives {shape}, not one row of logits per image")
     if int(labels.max()) >= logits.shape[1]:
         raise DataError(
             f"a label is {int(labels.max())}, but the network has {logits.shape[1]} classes",
-            where=data.name,
+            where=name,
         )
     return int((logits.argmax(1).to(labels.device) == labels).sum())

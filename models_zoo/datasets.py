@@ -99,7 +99,7 @@ class ImageData:
             DataError: If a size is not positive, the start lies beyond the end, or an image is
                 damaged.
         """
-        chosen = self._chosen(batch_size, limit, start, seed)
+        chosen = drawn(self.name, len(self), batch_size, limit, start, seed)
         for begin in range(0, len(chosen), batch_size):
             indices = chosen[begin : begin + batch_size]
             yield self._images(indices), torch.from_numpy(self._source.labels[indices])
@@ -110,21 +110,35 @@ class ImageData:
         classes = len(np.unique(self._source.labels))
         return f"{self.name}: {len(self)} images {channels}x{height}x{width}, {classes} classes"
 
-    def _chosen(
-        self, batch_size: int, limit: int | None, start: int, seed: int | None
-    ) -> npt.NDArray[np.int64]:
-        if batch_size < 1 or (limit is not None and limit < 1):
-            raise DataError("the batch size and the limit must be at least 1", where=self.name)
-        if not 0 <= start < len(self):
-            raise DataError(f"there is no image {start} of {len(self)}", where=self.name)
-        order = np.arange(len(self))
-        if seed is not None:
-            order = np.random.Generator(np.random.PCG64(seed)).permutation(len(self))
-        return order[start:] if limit is None else order[start : start + limit]
-
     def _images(self, indices: npt.NDArray[np.int64]) -> Tensor:
         pixels = torch.from_numpy(self._source.pixels(indices)).to(torch.float32)
         return pixels.div_(255).sub_(self._mean).div_(self._std)
+
+
+def drawn(
+    name: str, count: int, batch_size: int, limit: int | None, start: int, seed: int | None
+) -> npt.NDArray[np.int64]:
+    """The positions that are read of a data set, in their order.
+
+    Args:
+        name: The data set, for people.
+        count: Samples in it.
+        batch_size: Samples per batch.
+        limit: At most so many.
+        start: Place of the first within the order.
+        seed: Decides the order; None for the stored one.
+
+    Raises:
+        DataError: If a size is not positive, or the start lies beyond the end.
+    """
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise DataError("the batch size and the limit must be at least 1", where=name)
+    if not 0 <= start < count:
+        raise DataError(f"there is no image {start} of {count}", where=name)
+    order = np.arange(count)
+    if seed is not None:
+        order = np.random.Generator(np.random.PCG64(seed)).permutation(count)
+    return order[start:] if limit is None else order[start : start + limit]
 
 
 def open_images(

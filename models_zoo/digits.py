@@ -63,30 +63,18 @@ def digits_convnet() -> DigitsConvNet:
     return network.eval()
 
 
-def builtin_data(name: str, split: str) -> ImageData:
-    """Images that are part of the package.
-
-    Args:
-        name: ``"digits"``: 1347 images to train and calibrate on, 450 others to test on.
-        split: ``"train"`` or ``"test"``.
-
-    Raises:
-        UnknownNameError: If there is no such data or split.
-    """
-    if name != "digits":
-        raise UnknownNameError("built-in data source", name, ["digits"])
-    if split not in _SPLITS:
-        raise UnknownNameError("split", split, _SPLITS, where=name)
-    return digits_images(embedded_file(IMAGES_FILE), split)
-
-
 def digits_images(archive: bytes, split: str) -> ImageData:
     """The images of a split, normalised with the statistics of the training images.
 
     Args:
         archive: Content of ``digits.npz``.
         split: ``"train"`` or ``"test"``.
+
+    Raises:
+        UnknownNameError: If there is no such split.
     """
+    if split not in _SPLITS:
+        raise UnknownNameError("split", split, _SPLITS, where="digits")
     with np.load(io.BytesIO(archive), allow_pickle=False) as arrays:
         images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"].astype(np.int64)
     return ImageData(ArraySource(f"digits {split}", images, labels), DIGITS)

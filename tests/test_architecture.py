@@ -30,6 +30,7 @@ ALLOWED_BELOW = {
     "graph": {"errors", "numerics", "quant", "graph"},
     "trail": _TRAIL,
     "integer": {*_TRAIL, "integer", "backend", "torchvision_import"},
+    "report": {*_TRAIL, "integer", "report"},
     "training": {*_TRAIL, "training", "workspace"},
 }
 """Layers of the core: which parts of fxq each may import."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxq.graph import html
+
 FACTS_KEY = "fxq"
 
 Progress = Callable[[str, int, int | None], None]
@@ -116,6 +118,21 @@ class Program:
         if not self.probe:
             self.probe = self.example_inputs
 
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                html.text(f"%{node.name}"),
+                html.text(_operator(self, node)),
+                html.text(list(shape) if (shape := facts(node).shape) is not None else ""),
+                html.text(", ".join(f"%{other.name}" for other in node.all_input_nodes)),
+                html.text(facts(node).origin),
+            )
+            for node in self.nodes()
+        ]
+        done = html.text(f"{len(rows)} nodes after {', '.join(self.passes_run) or 'capture'}")
+        head = ("node", "operator", "shape", "reads", "made by")
+        return html.folded(done, html.table(head, rows))
+
     @property
     def graph(self) -> fx.Graph:
         """The graph of the module."""
@@ -189,6 +206,16 @@ def _may_view(program: Program, node: fx.Node) -> bool:
     code = type(program.submodule(node)) if node.op == "call_module" else node.target
     home = getattr(code, "__module__", None) or "torch"
     return node.op in ("call_module", "call_function") and home.split(".")[0] not in _KNOWN_CODE
+
+
+def _operator(program: Program, node: fx.Node) -> str:
+    """What a node calls, for people."""
+    module = program.submodule(node)
+    if module is not None:
+        return type(module).__name__
+    if node.op in ("placeholder", "output", "get_attr"):
+        return node.op
+    return getattr(node.target, "__name__", str(node.target))
 
 
 def layer_path(node: fx.Node) -> str:

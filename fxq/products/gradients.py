@@ -244,13 +244,22 @@ class _Grid:
         tail = self.shift[0] * self.width + self.shift[1]
         rows = count * self.height * self.width
         result = x.new_zeros((rows + tail, step_y * step_x * channels))
-        grid = result[:rows].view(count, self.height, self.width, step_y, step_x, channels)
-        ordered = x.permute(0, 2, 3, 1)
-        for phase_y, phase_x in itertools.product(range(step_y), range(step_x)):
-            from_y, to_y = _placed(phase_y, step_y, pad_y, x.shape[2], self.height)
-            from_x, to_x = _placed(phase_x, step_x, pad_x, x.shape[3], self.width)
-            grid[:, to_y, to_x, phase_y, phase_x] = ordered[:, from_y, from_x]
+        grid = result[:rows].view(count, self.height, self.width, step_y, step_x * channels)
+        ordered = self._padded_columns(x.permute(0, 2, 3, 1), pad_x, step_x)
+        for phase in range(step_y):
+            first = (phase - pad_y) % step_y  # of the rows u with (u + padding) % stride == phase
+            start = (first + pad_y) // step_y
+            found = ordered[:, first::step_y][:, : max(0, self.height - start)]
+            grid[:, start : start + found.shape[1], :, phase] = found
         return result
+
+    def _padded_columns(self, x: Tensor, padding: int, step: int) -> Tensor:
+        """``[N, height, places, step * channels]`` from ``[N, height, width, channels]``."""
+        count, height, width, channels = x.shape
+        result = x.new_zeros((count, height, self.width * step, channels))
+        kept = min(width, self.width * step - padding)
+        result[:, :, padding : padding + kept] = x[:, :, :kept]
+        return result.view(count, height, self.width, step * channels)
 
     def _gradient_rows(self, gradient: Tensor) -> Tensor:
         """``[rows, limbs * out]``: zero where the gradient has no place."""
@@ -259,11 +268,3 @@ class _Grid:
         inside = result[:, : self.output[0], : self.output[1]]
         inside.copy_(gradient.permute(1, 3, 4, 0, 2))
         return result.view(-1, limbs * out)
-
-
-def _placed(phase: int, stride: int, padding: int, size: int, places: int) -> tuple[slice, slice]:
-    """Which values of an axis are of a phase, and where in the padded grid they go."""
-    first = (phase - padding) % stride  # smallest index u with (u + padding) % stride == phase
-    start = (first + padding) // stride
-    count = max(0, min(len(range(first, size, stride)), places - start))
-    return slice(first, first + count * stride, stride), slice(start, start + count)

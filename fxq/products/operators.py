@@ -24,7 +24,9 @@ CACHED = 2**20
 
 
 @torch.library.custom_op("fxq::quantize", mutates_args=())
-def quantize(x: Tensor, bits: int, exponent: int, mask: Tensor | None = None) -> Tensor:
+def quantize(
+    x: Tensor, bits: int, exponent: int, mask: Tensor | None = None, is_image: bool = False
+) -> Tensor:
     """``[limbs, *x.shape]`` int8: the nearest fixed-point codes.
 
     Args:
@@ -32,15 +34,21 @@ def quantize(x: Tensor, bits: int, exponent: int, mask: Tensor | None = None) ->
         bits: 2 to 24.
         exponent: Codes count ``2**exponent``.
         mask: Of the same shape: where it is not above zero, codes are zero.
+        is_image: Whether channels are to lie side by side in memory, where there are two axes.
 
     Raises:
         TrainingError: A value is NaN or infinite.
     """
-    return fixed_point_limbs(x, exponent, bits, mask)
+    codes = fixed_point_limbs(x, exponent, bits, mask)
+    if not is_image or x.dim() != 4:
+        return codes
+    return codes.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
 @quantize.register_fake
-def _(x: Tensor, bits: int, exponent: int, mask: Tensor | None = None) -> Tensor:
+def _(
+    x: Tensor, bits: int, exponent: int, mask: Tensor | None = None, is_image: bool = False
+) -> Tensor:
     return x.new_empty(((bits + 7) // 8, *x.shape), dtype=torch.int8)
 
 

@@ -37,7 +37,13 @@ class Operand:
 
     @classmethod
     def of(
-        cls, x: Tensor, controller: Controller, what: str, mask: Tensor | None = None
+        cls,
+        x: Tensor,
+        controller: Controller,
+        what: str,
+        mask: Tensor | None = None,
+        *,
+        is_image: bool = False,
     ) -> Operand:
         """A tensor rounded as its controller chooses; zero where a mask is not above zero.
 
@@ -53,7 +59,7 @@ class Operand:
             bits, exponent = controller.choose(x, mask)
             if bits == FLOAT_BITS:
                 return cls(x if mask is None else x * (mask > 0), None)
-            return cls(operators.quantize(x, bits, exponent, mask), exponent)
+            return cls(operators.quantize(x, bits, exponent, mask, is_image), exponent)
         except TrainingError as error:
             raise TrainingError(
                 f"{what} hold NaN or infinite values, which have no fixed-point numbers",
@@ -189,7 +195,7 @@ class FixedPointConvolution(torch.autograd.Function):
     ) -> Tensor:
         """``[N, out, …]``."""
         kernel = Operand.of(weight, controllers.weights, "weights")
-        source = Operand.of(x, controllers.values, "inputs")
+        source = Operand.of(x, controllers.values, "inputs", is_image=True)
         result = conv_forward(source, kernel, bias, windows, relu=relu)
         _keep(ctx, source, kernel, mask=result if relu else None)
         ctx.windows, ctx.controllers = windows, controllers
@@ -200,7 +206,8 @@ class FixedPointConvolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of the input, the weights and the bias."""
         source, kernel, mask = _restored(ctx)
-        flow = Operand.of(gradient, ctx.controllers.gradients, "gradients", mask)
+        own = ctx.controllers.gradients
+        flow = Operand.of(gradient, own, "gradients", mask, is_image=True)
         size = list(source.tensor.shape[-len(ctx.windows.stride) :])
         taps = list(kernel.tensor.shape[-len(ctx.windows.stride) :])
         wants_input, wants_weight, wants_bias, *_ = ctx.needs_input_grad
@@ -229,7 +236,7 @@ class FixedPointTransposed(torch.autograd.Function):
     ) -> Tensor:
         """``[N, out, *size]``; ``weight: [in, out/groups, …]``."""
         kernel = Operand.of(weight, controllers.weights, "weights")
-        source = Operand.of(x, controllers.values, "inputs")
+        source = Operand.of(x, controllers.values, "inputs", is_image=True)
         _keep(ctx, source, kernel)
         ctx.windows, ctx.controllers = windows, controllers
         found = conv_input(source, kernel, size, windows)
@@ -240,7 +247,7 @@ class FixedPointTransposed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of the input, the weights and the bias."""
         source, kernel, _ = _restored(ctx)
-        flow = Operand.of(gradient, ctx.controllers.gradients, "gradients")
+        flow = Operand.of(gradient, ctx.controllers.gradients, "gradients", is_image=True)
         taps = list(kernel.tensor.shape[-len(ctx.windows.stride) :])
         wants_input, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         return (

@@ -102,7 +102,9 @@ def joint_snapshot(module: nn.Module, *inputs: Tensor) -> Snapshot:
         %t = aten.t:f32[3,2](%weight)
         %weight_product = aten.mm:f32[1,2](%input, %t)
         %t_1 = aten.t:f32[2,1](%output_gradient)
-        %weight_gradient = aten.mm:f32[2,3](%t_1, %input)
+        %product = aten.mm:f32[2,3](%t_1, %input)
+        %t_2 = aten.t:f32[3,2](%product)
+        %weight_gradient = aten.t:f32[2,3](%t_2)
         %output = Output(%weight_product, %weight_gradient)
     """
     graph = joint_graph(module, *inputs).graph

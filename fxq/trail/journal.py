@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fxq.errors import ArtifactError, UnknownNameError
+from fxq.graph import html
 from fxq.graph.rewrite import Miss
 from fxq.trail.delta import Delta, compare
+from fxq.trail.drift import INFINITIES, Drift, finite, number
 from fxq.trail.snapshot import Snapshot
+from fxq.trail.values import Values
 
 FORMAT = 1
 
@@ -34,6 +36,7 @@ class Step:
             where it is bit-identical, None where it was not measured.
         total_sqnr: The same against the captured model.
         notes: What the pass wants told, one sentence each.
+        drift: How far the probe output is from the captured model's; None where not measured.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Step:
     sqnr: float | None = None
     total_sqnr: float | None = None
     notes: tuple[str, ...] = ()
+    drift: Drift | None = None
 
     @property
     def delta(self) -> Delta:
@@ -70,12 +74,21 @@ class Step:
 class Journal:
     """The steps of a compilation, in order.
 
+    Attributes:
+        steps: One per pass.
+        integers: How far the lowered module is from the captured model, where that was measured.
+        values: What calibration saw, and the grids of what was quantized.
+        reference: What the captured model puts out on the probe batch; it is not saved.
+
     Example:
         >>> Journal([]).text()
         'no pass has run'
     """
 
     steps: list[Step] = field(default_factory=list)
+    integers: Drift | None = None
+    values: Values = field(default_factory=Values)
+    reference: Any = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -95,17 +108,34 @@ class Journal:
     def __str__(self) -> str:
         return self.text()
 
+    def _repr_html_(self) -> str:
+        if not self.steps:
+            return "no pass has run"
+        rows = [
+            (
+                str(position),
+                html.folded(html.text(step.name), step.delta._repr_html_()),
+                step.delta.summary_html(),
+                html.text(format_db(step.sqnr)),
+                html.text(format_db(step.total_sqnr)),
+                f"{step.seconds:.2f} s",
+            )
+            for position, step in enumerate(self.steps, 1)
+        ]
+        return html.table(("", "pass", "changed", "cost", "SQNR", "time"), rows)
+
     def text(self) -> str:
         """One line per pass: what changed, what it cost, how long it took."""
         lines = [f"{position} {step.summary()}" for position, step in enumerate(self.steps, 1)]
         return "\n".join(lines) or "no pass has run"
 
     def save(self, folder: Path) -> None:
-        """Write ``journal.json`` and numbered snapshots ``00-capture.txt``, … into a folder."""
+        """Write ``journal.json``, ``values.json`` and numbered snapshots ``00-capture.txt``, …."""
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("[0-9][0-9]-*.txt"):
             stale.unlink()
         (folder / "journal.json").write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+        self.values.save(folder)
         if self.steps:
             _write_text(folder / "00-capture.txt", self.steps[0].before)
         for position, step in enumerate(self.steps, 1):
@@ -119,7 +149,9 @@ class Journal:
         return {
             "format": FORMAT,
             "snapshots": [graph.to_json() for graph in snapshots],
+            "code": [graph.code for graph in snapshots],
             "steps": [_step_to_json(step) for step in self.steps],
+            "integers": self.integers and self.integers.to_json(),
         }
 
     @classmethod
@@ -132,7 +164,7 @@ class Journal:
         path = folder / "journal.json"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            return cls.from_json(data)
+            journal = cls.from_json(data)
         except FileNotFoundError as error:
             raise ArtifactError(
                 "there is no journal here",
@@ -145,25 +177,29 @@ class Journal:
                 where=str(path),
                 hint="compile again; the file was changed or cut short",
             ) from error
+        journal.values = Values.load(folder)
+        return journal
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Journal:
         """The journal that `to_json` wrote."""
         if data["format"] != FORMAT:
             raise ValueError(f"journal format {data['format']!r}, this fxq reads {FORMAT}")
-        snapshots = [Snapshot.from_json(entry) for entry in data["snapshots"]]
+        graphs = data["snapshots"]
+        codes = data.get("code", [""] * len(graphs))  # older runs have none
+        snapshots = [Snapshot.from_json(*both) for both in zip(graphs, codes, strict=True)]
         steps = [
             _step_from_json(entry, snapshots[position], snapshots[position + 1])
             for position, entry in enumerate(data["steps"])
         ]
-        return cls(steps)
+        return cls(steps, Drift.from_json(data.get("integers")))
 
 
 def format_db(value: float | None) -> str:
     """A signal-to-noise ratio for people: ``31.4 dB``; ``exact`` where nothing changed."""
     if value is None:
         return ""
-    return _INFINITIES.get(value, f"{value:.1f} dB")
+    return INFINITIES.get(value, f"{value:.1f} dB")
 
 
 def _write_text(path: Path, graph: Snapshot) -> None:
@@ -178,9 +214,10 @@ def _step_to_json(step: Step) -> dict[str, Any]:
         "hits": list(step.hits),
         "misses": [{"node": miss.node, "why": miss.why} for miss in step.misses],
         "seconds": round(step.seconds, 4),
-        "sqnr": _finite(step.sqnr),
-        "total_sqnr": _finite(step.total_sqnr),
+        "sqnr": finite(step.sqnr),
+        "total_sqnr": finite(step.total_sqnr),
         "notes": list(step.notes),
+        "drift": step.drift and step.drift.to_json(),
         "delta": step.delta.to_json(),
     }
 
@@ -195,21 +232,8 @@ def _step_from_json(entry: dict[str, Any], before: Snapshot, after: Snapshot) ->
         hits=tuple(entry["hits"]),
         misses=tuple(Miss(miss["node"], miss["why"]) for miss in entry["misses"]),
         seconds=float(entry["seconds"]),
-        sqnr=_number(entry["sqnr"]),
-        total_sqnr=_number(entry["total_sqnr"]),
+        sqnr=number(entry["sqnr"]),
+        total_sqnr=number(entry["total_sqnr"]),
         notes=tuple(entry["notes"]),
+        drift=Drift.from_json(entry.get("drift")),
     )
-
-
-_INFINITIES = {math.inf: "exact", -math.inf: "not finite"}  # JSON has no infinity
-
-
-def _finite(value: float | None) -> float | str | None:
-    return _INFINITIES.get(value, value) if value is not None else None
-
-
-def _number(value: float | str | None) -> float | None:
-    for infinity, word in _INFINITIES.items():
-        if value == word:
-            return infinity
-    return None if value is None else float(value)

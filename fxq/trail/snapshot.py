@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxq.graph.ops import target_name
-from fxq.graph.program import Program, facts
+from fxq.graph.program import Program, facts, layer_path
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class NodeRecord:
         value: Shape and dtype of its value, for example ``f32[1, 64, 56, 56]``.
         facts: What passes noted about it, as short words.
         digest: Digest of the parameters and buffers it holds; empty where it holds none.
+        path: The module path users know it by.
     """
 
     name: str
@@ -35,22 +36,31 @@ class NodeRecord:
     value: str = ""
     facts: tuple[str, ...] = ()
     digest: str = ""
+    path: str = ""
 
     def text(self, digests: bool = True) -> str:
         """The node on one line: ``%c = Conv2d:f32[2,8,8,8](%x)  [bn]  #a36008``."""
-        operands = [f"%{name}" for name in self.inputs]
-        operands += [self.arguments] if self.arguments else []
         line = f"%{self.name} = {self.op}"
         line += f":{self.value}" if self.value else ""
-        line += f"({', '.join(operands)})"
+        line += f"({self.operands()})"
         line += f"  [{', '.join(self.facts)}]" if self.facts else ""
         line += f"  #{self.digest}" if self.digest and digests else ""
         return line
+
+    def operands(self) -> str:
+        """What it is called with: the nodes it reads, then its other arguments."""
+        operands = [f"%{name}" for name in self.inputs]
+        return ", ".join([*operands, self.arguments] if self.arguments else operands)
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """The nodes of a graph, in order.
+
+    Attributes:
+        nodes: The nodes.
+        code: The forward that torch.fx generates for the graph; two snapshots of the same nodes
+            are equal whatever it is.
 
     Example:
         >>> from fxq.graph.capture import capture
@@ -63,6 +73,7 @@ class Snapshot:
     """
 
     nodes: tuple[NodeRecord, ...]
+    code: str = field(default="", compare=False, repr=False)
 
     def text(self, digests: bool = True) -> str:
         """The snapshot, one node per line."""
@@ -80,24 +91,25 @@ class Snapshot:
         return {node.name: node for node in self.nodes}
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The snapshot as JSON-ready data."""
+        """The nodes as JSON-ready data; the code is kept apart."""
         return [asdict(node) for node in self.nodes]
 
     @classmethod
-    def from_json(cls, data: list[dict[str, Any]]) -> Snapshot:
-        """The snapshot that `to_json` wrote."""
+    def from_json(cls, data: list[dict[str, Any]], code: str = "") -> Snapshot:
+        """The snapshot that `to_json` wrote, with its code."""
         records = [
             NodeRecord(
                 **{**entry, "inputs": tuple(entry["inputs"]), "facts": tuple(entry["facts"])}
             )
             for entry in data
         ]
-        return cls(tuple(records))
+        return cls(tuple(records), code)
 
 
 def snapshot(program: Program) -> Snapshot:
     """The program as it is now."""
-    return Snapshot(tuple(_record(program, node) for node in program.graph.nodes))
+    nodes = tuple(_record(program, node) for node in program.graph.nodes)
+    return Snapshot(nodes, program.module.code)
 
 
 _SHORT = {
@@ -128,6 +140,7 @@ def _record(program: Program, node: fx.Node) -> NodeRecord:
         value=value,
         facts=_words(node),
         digest=module_digest(module) if module is not None else _constant_digest(program, node),
+        path=layer_path(node),
     )
 
 

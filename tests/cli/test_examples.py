@@ -13,8 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fxq.cli import failure
+from fxq.cli.compile import Job
 from fxq.cli.examples import EXAMPLES
+from fxq.errors import PassError
 from fxq.models_zoo import resnet20
+from fxq.recipe import Recipe
 
 SLOW = "torchvision/resnet18"
 """What takes seconds is tried by a smaller stand-in of the same kind."""
@@ -36,6 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model_file: str) -> Path:
     for name, count in (("train", 80), ("test", 16)):
         images = random.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
         np.savez(place / f"{name}.npz", x=images, y=np.arange(count) % 10)
+    job = Job("digits/convnet", "minmax-int8", images=32, output=place / "runs/broken")
+    failed = PassError("a pass failed")
+    failure.leave(place / "runs/broken.failed", job, Recipe.load(job.recipe), [], failed)
     return place
 
 

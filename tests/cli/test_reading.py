@@ -18,6 +18,7 @@ from fxq.cli.bench import Contender, Timing, interleaved, ratio
 
 Fxq = Callable[..., Any]
 COLOUR = {"FORCE_COLOR": "1", "COLUMNS": "80"}
+WIDE = {"FORCE_COLOR": "1", "COLUMNS": "300"}
 
 
 # ---- diff --------------------------------------------------------------------------------------
@@ -33,7 +34,12 @@ def test_diff_shows_every_kind_of_change(fxq: Fxq, digits_run: Path) -> None:
 def test_diff_of_one_pass(fxq: Fxq, digits_run: Path, which: str) -> None:
     lines = fxq("diff", str(digits_run), "--pass", which, "--stat").out.splitlines()
     assert lines[0].startswith("1 fold-batch-norm    -4 removed  ~4 rewired  #4 retuned")
-    assert lines[1:] == ["    -4 BatchNorm2d"]
+    assert lines[1:] == [
+        "  BatchNorm2d  4  ----",
+        "  Conv2d       4  ####",
+        "  ReLU         3  ~~~",
+        "  add          1  ~",
+    ]
 
 
 def test_diff_as_json(fxq: Fxq, digits_run: Path) -> None:
@@ -56,7 +62,7 @@ def test_diff_against_another_run(fxq: Fxq, digits_run: Path) -> None:
 
 
 def test_diff_in_colour(fxq: Fxq, digits_run: Path) -> None:
-    coloured = fxq("diff", str(digits_run), env=COLOUR).out
+    coloured = fxq("diff", str(digits_run), env=WIDE).out
     assert "\x1b[32m+ " in coloured
     plain = fxq("diff", str(digits_run)).out
     assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxq.trail.delta import KINDS, Delta, compare
+from fxq.trail.delta import KINDS, Delta, compare, paired
 from fxq.trail.snapshot import NodeRecord, Snapshot
 
 X = NodeRecord("x", "Input", value="f32[1,3]")
@@ -59,10 +59,44 @@ def test_a_fold_is_one_removed_one_rewired_one_retuned() -> None:
     assert delta.census() == {"BatchNorm2d": -1}
     assert delta.text().splitlines() == [
         "# %conv = Conv2d:f32[1,4](%x)  #cccccc  was #aaaaaa",
-        "~ %relu = ReLU:f32[1,4](%conv)",
-        "    was %relu = ReLU:f32[1,4](%bn)",
         "- %bn = BatchNorm2d:f32[1,4](%conv)  #bbbbbb",
+        "~ %relu = ReLU:f32[1,4](%conv)",
+        "    was (%bn)",
     ]
+
+
+WAS = [
+    (replace(RELU, op="ReLU6"), "ReLU"),
+    (replace(RELU, value="f64[1,4]"), ":f32[1,4]"),
+    (replace(RELU, op="ReLU6", inputs=("x",)), "ReLU(%bn)"),
+    (replace(RELU, arguments="inplace=True", digest="d"), "(%bn)"),
+    (replace(RELU, inputs=("x",), facts=("nonneg",)), "(%bn)"),
+]
+
+
+@pytest.mark.parametrize(("after", "was"), WAS)
+def test_only_what_was_otherwise_is_told(after: NodeRecord, was: str) -> None:
+    (change,) = changed(X, CONV, BN, after).changes
+    assert change.former() == was
+    assert change.lines() == [f"~ {after.text()}", f"    was {was}"]
+
+
+def test_facts_that_were_otherwise() -> None:
+    before, after = replace(RELU, facts=("w8",)), replace(RELU, facts=("w4",))
+    (change,) = compare(Snapshot((before,)), Snapshot((after,))).changes
+    assert change.lines() == [f"! {after.text()}  was [w8]"]
+    (first,) = changed(X, CONV, BN, after).changes
+    assert first.lines() == [f"! {after.text()}"]
+
+
+def test_without_digests() -> None:
+    (change,) = changed(X, replace(CONV, digest="cccccc"), BN, RELU).changes
+    assert change.lines(digests=False) == ["# %conv = Conv2d:f32[1,4](%x)"]
+
+
+def test_only_some_changes() -> None:
+    delta = changed(X, replace(CONV, digest="cccccc"), replace(RELU, inputs=("conv",)))
+    assert delta.where(lambda change: change.kind == "retuned").to_json() == {"retuned": ["conv"]}
 
 
 def test_a_replaced_operator_counts_for_both() -> None:
@@ -106,3 +140,23 @@ def test_any_two_snapshots(before: Snapshot, after: Snapshot) -> None:
     assert not compare(after, after)
     assert bool(delta) == (before.by_name() != after.by_name())
     assert set(delta.to_json()) == set(delta.counts())
+
+
+@given(before=snapshots, after=snapshots)
+def test_pairs_hold_every_node_once_in_order(before: Snapshot, after: Snapshot) -> None:
+    pairs = paired(before, after)
+    assert [new for _, new in pairs if new is not None] == list(after.nodes)
+    gone = [old for old, new in pairs if old is not None and new is None]
+    assert {node.name for node in gone} == set(before.by_name()) - set(after.by_name())
+    assert len(pairs) == len(set(before.by_name()) | set(after.by_name()))
+    for old, new in pairs:
+        if old is not None and new is not None:
+            assert old.name == new.name
+
+
+def test_what_was_removed_stands_where_it_was() -> None:
+    first = NodeRecord("first", "Input")
+    pairs = paired(Snapshot((first, *BEFORE.nodes)), Snapshot((X, CONV, replace(BN, name="n"))))
+    assert [(old or new).name for old, new in pairs if old or new] == [
+        *("first", "x", "conv", "bn", "relu", "n"),
+    ]

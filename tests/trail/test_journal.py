@@ -102,6 +102,7 @@ def test_numbered_files(journal: Journal, tmp_path: Path) -> None:
         "04-calibrate.txt",
         "05-quantize-aciq.txt",
         "journal.json",
+        "values.json",
     ]
     assert (tmp_path / "02-mark-relu.txt").read_text() == journal["mark-relu"].after.text() + "\n"
 
@@ -136,6 +137,21 @@ def test_misses_survive(tmp_path: Path) -> None:
     Journal([step(misses=(Miss("bn", "it reads %add — “no” conv"),))]).save(tmp_path)
     assert Journal.load(tmp_path)[0].misses == (Miss("bn", "it reads %add — “no” conv"),)
     assert str(Journal.load(tmp_path)[0].misses[0]).startswith("%bn: it reads")
+
+
+def test_the_code_survives_and_older_runs_have_none(journal: Journal, tmp_path: Path) -> None:
+    journal.save(tmp_path)
+    loaded = Journal.load(tmp_path)
+    assert [step.after.code for step in loaded] == [step.after.code for step in journal]
+    assert "bn1" in loaded[0].before.code
+    assert "bn1" not in loaded[0].after.code
+    data = json.loads((tmp_path / "journal.json").read_text())
+    del data["code"]
+    for graph in data["snapshots"]:
+        for node in graph:
+            del node["path"]
+    old = Journal.from_json(data)
+    assert old[0].after.code == old[0].after.nodes[0].path == ""
 
 
 def test_an_empty_journal_survives(tmp_path: Path) -> None:
@@ -176,6 +192,7 @@ DAMAGE = {
     "foreign snapshots": lambda text: json.dumps(
         {**json.loads(text), "snapshots": [[{"a": 1}]] * 9}
     ),
+    "odd code": lambda text: json.dumps({**json.loads(text), "code": [""]}),
     "odd steps": lambda text: json.dumps({**json.loads(text), "steps": [1, 2]}),
     "odd ratio": lambda text: text.replace('"sqnr": "exact"', '"sqnr": "loud"'),
     "odd node": lambda text: json.dumps({**json.loads(text), "snapshots": [[None]] * 9}),

@@ -101,6 +101,14 @@ def test_dtypes(dtype: torch.dtype, short: str) -> None:
     assert snapshot(program).nodes[0].value == f"{short}[2]"
 
 
+def test_paths_and_code(program: Program) -> None:
+    taken = snapshot(program)
+    assert taken.by_name()["conv"].path == "conv"
+    assert "conv = self.conv(x)" in taken.code
+    assert Snapshot.from_json(taken.to_json(), taken.code).code == taken.code
+    assert Snapshot(taken.nodes) == taken
+
+
 def test_a_record_without_anything() -> None:
     assert NodeRecord("x", "Input").text() == "%x = Input()"
 
