@@ -46,7 +46,6 @@ def input_gradient(gradient: Tensor, weight: Tensor, size: Pair, geometry: Geome
 
 
 def _by_phases(gradient: Tensor, turned: Tensor, size: Pair, geometry: Geometry) -> Tensor:
-    shape = (len(gradient), len(turned), *size)
     parts = []
     for phase in itertools.product(*(range(s) for s in geometry.stride)):
         axes = [
@@ -54,9 +53,9 @@ def _by_phases(gradient: Tensor, turned: Tensor, size: Pair, geometry: Geometry)
             for i in (0, 1)
         ]
         if all(axis.taps and axis.count for axis in axes):
-            parts.append((axes, _phase_kernel(turned, axes, geometry)))
-    result = gradient.new_zeros(shape, dtype=torch.float32)
-    result = result.contiguous(memory_format=torch.channels_last)
+            parts.append((axes, turned[:, :, axes[0].kernel, axes[1].kernel].contiguous()))
+    shape = (len(gradient), *size, len(turned))
+    result = gradient.new_zeros(shape, dtype=torch.float32).permute(0, 3, 1, 2)
     for (rows, columns), kernel in parts:
         own = Geometry(padding=(rows.taps - 1, columns.taps - 1), groups=geometry.groups)
         found = convolution(gradient, kernel, own)
@@ -89,12 +88,6 @@ class _Axis:
         # The kernel is turned: tap t of the convolution is entry kernel - 1 - t.
         offset = kernel - 1 - (phase + stride * (taps - 1))
         return cls(taps, slice(offset, kernel, stride), first, last, start, stride)
-
-
-def _phase_kernel(turned: Tensor, axes: list[_Axis], geometry: Geometry) -> Tensor:
-    rows, columns = axes
-    chosen = turned[:, :, rows.kernel, columns.kernel]
-    return chosen[:, :, : rows.taps, : columns.taps].contiguous()
 
 
 def _turned(weight: Tensor, groups: int) -> Tensor:

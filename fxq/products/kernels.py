@@ -93,11 +93,10 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     length = left.shape[1]
     if length <= LONGEST_SUM:
         return torch._int_mm(left, right)
-    starts = range(0, length, LONGEST_SUM)
-    parts = (
-        torch._int_mm(left[:, at : at + LONGEST_SUM], right[at : at + LONGEST_SUM]) for at in starts
-    )
-    return functools.reduce(lambda total, part: total + part.double(), parts, 0.0)  # type: ignore[arg-type, return-value]
+    total = left.new_zeros((left.shape[0], right.shape[1]), dtype=torch.float64)
+    for at in range(0, length, LONGEST_SUM):
+        total += torch._int_mm(left[:, at : at + LONGEST_SUM], right[at : at + LONGEST_SUM])
+    return total
 
 
 def largest_sum(weight: Tensor) -> float:

@@ -229,6 +229,13 @@ function buildControls() {
   byId("fit").addEventListener("click", () => app.graph.fit());
   byId("paint").addEventListener("change", (event) => { app.graph.paint = event.target.value; app.graph.draw(); buildLegend(); });
   document.addEventListener("keydown", onKey);
+  window.addEventListener("hashchange", () => {
+    readAddress();
+    app.graph.selected = app.node;
+    app.graph.show(app.step);
+    if (app.node !== null && recordAt(app.step, app.node)) app.graph.reveal(app.node);
+    app.refresh();
+  });
 }
 
 function readAddress() {
