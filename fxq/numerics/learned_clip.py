@@ -15,6 +15,7 @@ Papers:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from enum import StrEnum
@@ -57,6 +58,7 @@ def project(
     signed: bool,
     gradient: ClipGradient = ClipGradient.RCF,
     straight: bool = False,
+    levels: tuple[int, ...] | None = None,
 ) -> Tensor:
     """The values nearest to x among the levels up to alpha; halfway, the larger magnitude.
 
@@ -71,6 +73,8 @@ def project(
         signed: Whether the levels have both signs; without, negative values become 0.
         gradient: What reaches alpha, as a sum over x without any scale.
         straight: Whether the gradient of x passes beyond the clip, too.
+        levels: The magnitudes as numbers; a compiler compares with them, which it can put into one
+            loop with its neighbours, rather than look up.
 
     Returns:
         [...] like x, in its dtype and memory format.
@@ -87,7 +91,7 @@ def project(
         1.0125
     """
     y: Tensor = _Projection.apply(  # type: ignore[no-untyped-call]
-        x, alpha, table, signed, gradient, straight
+        x, alpha, table, signed, gradient, straight, levels
     )
     return y
 
@@ -102,6 +106,7 @@ class _Projection(torch.autograd.Function):
         signed: bool,
         gradient: ClipGradient,
         straight: bool,
+        levels: tuple[int, ...] | None,
     ) -> Tensor:
         precise = torch.promote_types(x.dtype, torch.float32)
         clip: Tensor = alpha.to(precise).reshape(()).clamp(min=_LEAST_CLIP)
@@ -109,11 +114,15 @@ class _Projection(torch.autograd.Function):
         below = half_steps if signed else 0
         scaled = x.to(precise) * (half_steps / clip)
         scaled.clamp_(-below, half_steps).nan_to_num_(nan=half_steps + 1)
-        index = scaled.to(torch.int32)  # truncates: half up in magnitude
-        if signed:
-            index.add_(below)
-        values = F.pad(table.to(precise), (0, 1), value=torch.nan) * (2 * clip / half_steps)
-        y = _look_up(values, index).to(x.dtype)
+        unit = 2 * clip / half_steps
+        if levels is not None and torch.compiler.is_compiling():
+            y = (_compared(scaled, levels, half_steps) * unit).to(x.dtype)
+        else:
+            index = scaled.to(torch.int32)  # truncates: half up in magnitude
+            if signed:
+                index.add_(below)
+            values = F.pad(table.to(precise), (0, 1), value=torch.nan) * unit
+            y = _look_up(values, index).to(x.dtype)
         ctx.save_for_backward(x, y, clip)
         ctx.signed, ctx.gradient, ctx.straight = signed, gradient, straight
         ctx.alpha_like = alpha.shape, alpha.dtype
@@ -135,7 +144,17 @@ class _Projection(torch.autograd.Function):
             to_alpha = (share.sum(dtype=clip.dtype) / clip).to(dtype).reshape(shape)
         if ctx.needs_input_grad[0]:
             to_x = grad if ctx.straight else inside.mul_(grad)
-        return to_x, to_alpha, None, None, None, None
+        return to_x, to_alpha, None, None, None, None, None
+
+
+def _compared(scaled: Tensor, levels: tuple[int, ...], half_steps: int) -> Tensor:
+    """[...] levels nearest to ``scaled / 2``; NaN where it is beyond the largest."""
+    magnitude = scaled.abs()
+    total = torch.zeros_like(scaled)
+    for low, high in itertools.pairwise(levels):
+        total = total + torch.where(magnitude >= low + high, float(high - low), 0.0)
+    found = torch.where(scaled < 0, -total, total)
+    return torch.where(scaled > half_steps, torch.nan, found)
 
 
 def _look_up(values: Tensor, index: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class LevelWeights(nn.Module):
         self.register_buffer("table", level_table(levels, signed=True).float(), persistent=False)
         self.norm, gain = _norm_and_gain(weight.detach().double(), norm)
         self.register_buffer("gain", torch.tensor(gain))
+        self._magnitudes = tuple(levels.tolist())
         self.bits = bits
         self.gradient = gradient
         self.straight = straight
@@ -114,6 +115,7 @@ class LevelWeights(nn.Module):
             signed=True,
             gradient=self.gradient,
             straight=self.straight,
+            levels=self._magnitudes,
         )
 
     def describe(self) -> str:

@@ -59,6 +59,7 @@ class LearnedLevels(nn.Module):
         self.alpha = nn.Parameter(torch.tensor(max(float(alpha), LEAST_CLIP)))
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("table", level_table(levels, signed=signed).float(), persistent=False)
+        self._magnitudes = tuple(levels.tolist())
         self.signed = signed
         self.bits = bits
         self.gradient = gradient
@@ -66,7 +67,14 @@ class LearnedLevels(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The nearest levels; ``x: [...]``."""
-        return project(x, self.alpha, self.table, signed=self.signed, gradient=self.gradient)
+        return project(
+            x,
+            self.alpha,
+            self.table,
+            signed=self.signed,
+            gradient=self.gradient,
+            levels=self._magnitudes,
+        )
 
     def frozen(self) -> ActivationQuantizer | LevelQuantizer:
         """The quantizer with the clip learned so far, its scale a short one."""
