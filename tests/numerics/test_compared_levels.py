@@ -27,6 +27,7 @@ def test_what_is_no_number_stays_so() -> None:
     assert _compared(torch.tensor([9.0]), (0, 1, 2, 4), 8).isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_projection_gives_the_same_values_and_gradients() -> None:
     levels = magnitudes(LevelSet.APOT, 3)
     table = level_table(levels, signed=True).float()
