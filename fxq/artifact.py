@@ -1,8 +1,9 @@
 """`Artifact`: a compiled model as a folder of plain data, written whole or not at all.
 
 ``weights.safetensors`` holds every tensor, ``structure.json`` the integer program, ``ledger.json``
-where each node went, ``recipe.toml`` and the journal how it was made, ``metadata.json`` the rest.
-Nothing in the folder is code, and loading it runs none.
+where each node went, ``recipe.toml`` and the journal how it was made, ``metadata.json`` the rest,
+``SHA256SUMS`` what they were when they were written. Nothing in the folder is code, and loading it
+runs none.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 import fxq
+from fxq.checksums import check_seal, seal
 from fxq.errors import ArtifactError, UnknownNameError
 from fxq.integer.ledger import Ledger
 from fxq.integer.program import IntegerProgram
@@ -135,6 +137,7 @@ class Artifact:
         write = getattr(find_backend(self.backend), "write", None)
         if write is not None:
             write(self, folder)
+        seal(folder)
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -245,6 +248,7 @@ def load(path: str | Path, engine: str | None = None) -> Artifact:
 
 
 def _load(folder: Path, engine: str | None) -> Artifact:
+    check_seal(folder, FILES)
     metadata = _object(folder / "metadata.json")
     integers = IntegerProgram.from_json(_json(folder / "structure.json"), _tensors(folder))
     backend = str(metadata.get("backend", "eager"))

@@ -71,7 +71,10 @@ def fixed_point_limbs(x: Tensor, exponent: int, bits: int, mask: Tensor | None =
     Raises:
         TrainingError: A value is NaN or infinite.
     """
-    split = _SPLITS[(bits + 7) // 8 - 1]
+    count = (bits + 7) // 8
+    if x.numel() == 0:
+        return x.new_empty((count, *x.shape), dtype=torch.int8)
+    split = _SPLITS[count - 1]
     scale = torch.tensor(2.0**-exponent, device=x.device)
     dense = _dense(x if mask is None else _laid_out_as(mask, x))
     flat, largest = _fused(split)(*_pair(dense, mask), scale, _lowest(bits, x), _top(bits, x))

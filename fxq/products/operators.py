@@ -2,7 +2,7 @@
 
 Operands are codes: ``[limbs, …]`` int8, balanced digits of base 256, the most significant first. A
 product of operands of several limbs is the sum of the products of their limbs, each exact; the sum
-is rounded to float32 once.
+is formed in float64, exact for operands of 24 and 8 bits, and rounded to float32 once.
 """
 
 from __future__ import annotations

@@ -62,16 +62,16 @@ class Values:
             name = facts(node).observes or node.name
             known = self.observed.get(name)
             if known is None or known["batches"] != int(module.batches):
-                self.observed[name] = _observed(module)
+                self.observed[name] = of_observer(module)
 
     def finish(self, program: Program) -> None:
         """Holds the quantizers and the integer weights of a program after its last pass."""
         for node in program.nodes():
             module = program.submodule(node)
             if isinstance(module, (ActivationQuantizer, LevelQuantizer)):
-                self.quantizers[node.name] = _quantizer(module)
+                self.quantizers[node.name] = of_quantizer(module)
             elif isinstance(module, QuantizedLayer):
-                self.layers[node.name] = _layer(module)
+                self.layers[node.name] = of_layer(module)
 
     def joined(self, later: Values) -> Values:
         """These and those of a later part of the same compilation, which win."""
@@ -119,7 +119,12 @@ class Values:
 # ---- what is kept of a module ------------------------------------------------------------------
 
 
-def _observed(observer: Observer) -> dict[str, Any]:
+def of_observer(observer: Observer) -> dict[str, Any]:
+    """What an observer saw, as an entry of `Values.observed`.
+
+    Raises:
+        CalibrationError: It has seen nothing.
+    """
     low, high = observer.range()
     found: dict[str, Any] = {
         "batches": int(observer.batches),
@@ -134,7 +139,8 @@ def _observed(observer: Observer) -> dict[str, Any]:
     return found
 
 
-def _quantizer(module: ActivationQuantizer | LevelQuantizer) -> dict[str, Any]:
+def of_quantizer(module: ActivationQuantizer | LevelQuantizer) -> dict[str, Any]:
+    """The grid of a quantizer, as an entry of `Values.quantizers`."""
     if isinstance(module, LevelQuantizer):
         scale, top = float(module.scale), int(module.levels[-1])
         return {
@@ -162,7 +168,8 @@ def _level_list(module: LevelQuantizer) -> list[int]:
     return [-level for level in levels[:0:-1]] + levels if module.signed else levels
 
 
-def _layer(module: QuantizedLayer) -> dict[str, Any]:
+def of_layer(module: QuantizedLayer) -> dict[str, Any]:
+    """The weights of a layer, as an entry of `Values.layers`."""
     weight: Any = module.layer.weight
     flat = rows(module.layer, weight.detach().float())
     low, high = flat.amin(dim=1), flat.amax(dim=1)  # faster than aminmax with a dim

@@ -7,13 +7,16 @@ import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from torch import nn
 
 from fxq.training.checkpoint import Row
 from fxq.training.optimizer import is_alpha
 from fxq.training.widths import write_widths
+
+if TYPE_CHECKING:
+    from fxq.picture import Picture
 
 LOG, STEPS, CURVES = "log.csv", "steps.csv", "curves.png"
 
@@ -78,6 +81,29 @@ def _replace(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     beside.replace(path)
 
 
+def read_log(folder: Path) -> tuple[list[float], list[Row]]:
+    """The loss of every step and the row of every epoch, as the files in the folder have them.
+
+    Raises:
+        OSError: A file is missing.
+        ValueError: One holds something else.
+    """
+    try:
+        losses = [float(line["loss"]) for line in _lines(folder / STEPS)]
+        rows = [
+            {name: float(cell) if cell else None for name, cell in line.items()}
+            for line in _lines(folder / LOG)
+        ]
+    except (KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"it is no log of a training: {error}") from error
+    return losses, rows
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def alpha_columns(module: nn.Module) -> dict[str, float]:
     """Smallest, mean and largest clipping threshold for each kind of quantizer.
 
@@ -108,12 +134,15 @@ def alpha_columns(module: nn.Module) -> dict[str, float]:
 
 def draw_curves(folder: Path, losses: Sequence[float], rows: Sequence[Row]) -> None:
     """``curves.png`` shows the loss of every step, the accuracies and the mean alphas."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    curves_picture(losses, rows).savefig(folder / CURVES, dpi=120)
+
+
+def curves_picture(losses: Sequence[float], rows: Sequence[Row]) -> Picture:
+    """The loss of every step, the accuracies and the mean alphas of every epoch."""
+    from fxq.picture import Picture
 
     alphas = [name for name in rows[-1] if name.endswith(" alpha mean")] if rows else []
-    picture = Figure(figsize=(5 * (3 if alphas else 2), 3.6), layout="constrained")
-    FigureCanvasAgg(picture)
+    picture = Picture(5 * (3 if alphas else 2), 3.6)
     panels = picture.subplots(1, 3 if alphas else 2)
     ends = [row["step"] for row in rows]
     panels[0].plot(range(1, len(losses) + 1), losses, linewidth=0.5, color="#9ecae1")
@@ -128,7 +157,7 @@ def draw_curves(folder: Path, losses: Sequence[float], rows: Sequence[Row]) -> N
     if alphas:
         panels[2].set(xlabel="step", ylabel="mean alpha")
         panels[2].legend()
-    picture.savefig(folder / CURVES, dpi=120)
+    return picture
 
 
 def _column(rows: Sequence[Row], name: str) -> list[float]:

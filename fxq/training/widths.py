@@ -6,13 +6,16 @@ import csv
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fxq.numerics.adaptive import FLOAT_BITS, Adaptation
 from fxq.quant.controller import Controller
 from fxq.quant.fixed_point_layers import FixedPointModule
+
+if TYPE_CHECKING:
+    from fxq.picture import Picture
 
 WIDTHS, PICTURE = "widths.csv", "widths.png"
 HEAD = ("epoch", "layer", "tensor", "bits", "exponent", "diff", "steps", "adjustments")
@@ -108,20 +111,25 @@ def read_widths(path: Path) -> list[dict[str, str]]:
 
 
 def draw_widths(folder: Path) -> None:
-    """``widths.png`` shows the share of each gradient width, and how often widths were chosen.
+    """``widths.png`` shows the widths of a training, where ``widths.csv`` holds any."""
+    rows = read_widths(folder / WIDTHS)
+    if rows:
+        widths_picture(rows).savefig(folder / PICTURE, dpi=120)
+
+
+def widths_picture(rows: Sequence[dict[str, str]]) -> Picture:
+    """The share of each gradient width, and how often widths were chosen, over epochs.
 
     As Fig. 8 of Zhang et al., "Fixed-Point Back-Propagation Training", CVPR 2020.
+
+    Args:
+        rows: As `read_widths` gives them, at least one.
     """
-    rows = read_widths(folder / WIDTHS)
-    if not rows:
-        return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from fxq.picture import Picture
 
     epochs = sorted({int(row["epoch"]) for row in rows})
     by_epoch = {epoch: [row for row in rows if int(row["epoch"]) == epoch] for epoch in epochs}
-    picture = Figure(figsize=(10, 3.6), layout="constrained")
-    FigureCanvasAgg(picture)
+    picture = Picture(10, 3.6)
     shares, frequency = picture.subplots(1, 2)
     gradients = {e: _bits(by_epoch[e], ("gradients",)) for e in epochs}
     widths = sorted({bits for found in gradients.values() for bits in found})
@@ -134,7 +142,7 @@ def draw_widths(folder: Path) -> None:
         frequency.plot(epochs, list(_frequencies(counts)), marker=".", label=tensor)
     frequency.set(xlabel="epoch", ylabel="share of steps that chose anew", yscale="log")
     frequency.legend()
-    picture.savefig(folder / PICTURE, dpi=120)
+    return picture
 
 
 def _bits(rows: Sequence[dict[str, str]], tensors: tuple[str, ...]) -> list[int]:
