@@ -128,6 +128,7 @@ def test_panels_zoom_colours_and_map(page: Any) -> None:
 def test_the_address_holds_the_state_and_both_schemes_are_drawn(page: Any, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     page.open(path, "#step=5&panel=node&node=conv2")
+    page.wait("fxq.step === 5")
     pictures = []
     for scheme in ("light", "dark"):
         page.send(
