@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fxq import plot, report
     from fxq.artifact import Artifact, load
     from fxq.attribution import attribute
     from fxq.compiler import Result, compile, lower
@@ -37,6 +38,7 @@ _HOMES = {
     "Recipe": "fxq.recipe",
     "Journal": "fxq.trail.journal",
 }
+_MODULES = ("plot", "report")
 
 __all__ = [
     "Artifact",
@@ -53,11 +55,15 @@ __all__ = [
     "compile",
     "load",
     "lower",
+    "plot",
+    "report",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """The public object of that name, imported on first use."""
+    """The public object or module of that name, imported on first use."""
+    if name in _MODULES:
+        return importlib.import_module(f"fxq.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'fxq' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import fxq
-from fxq.checksums import check_seal, seal
+from fxq.checksums import check_regular, check_seal, seal
 from fxq.errors import ArtifactError, UnknownNameError
 from fxq.integer.ledger import Ledger
 from fxq.integer.program import IntegerProgram
@@ -30,6 +30,8 @@ from fxq.registry import find_backend
 from fxq.trail.journal import Journal
 
 FILES = ("weights.safetensors", "structure.json", "ledger.json", "metadata.json")
+
+_TEXTS = (*FILES[1:], "recipe.toml", "journal.json", "values.json")
 
 _MISFITS = (
     RuntimeError,
@@ -248,6 +250,7 @@ def load(path: str | Path, engine: str | None = None) -> Artifact:
 
 
 def _load(folder: Path, engine: str | None) -> Artifact:
+    check_regular(folder, _TEXTS)
     check_seal(folder, FILES)
     metadata = _object(folder / "metadata.json")
     integers = IntegerProgram.from_json(_json(folder / "structure.json"), _tensors(folder))

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from fxq.errors import ArtifactError
 
 FILE = "SHA256SUMS"
+
+LARGEST_TEXT = 2**30
+"""Bytes of the largest file that is read as text; those of real networks are a thousandth."""
 
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+)")
 _HINT = "the folder was changed or copied in part; compile again, or restore the file"
@@ -53,6 +56,19 @@ def check_seal(folder: Path, needed: Collection[str]) -> None:
         )
     for name, checksum in known.items():
         _check_file(folder / name, checksum)
+
+
+def check_regular(folder: Path, texts: Iterable[str]) -> None:
+    """What is read as text is a file of a sane size, where it is there.
+
+    Raises:
+        ArtifactError: It is a folder, a device, or too large.
+    """
+    for path in (folder / name for name in (*texts, FILE)):
+        if path.exists() and not path.is_file():
+            raise ArtifactError(f"{path.name} is no file", where=str(path), hint=_HINT)
+        if path.exists() and path.stat().st_size > LARGEST_TEXT:
+            raise ArtifactError(f"{path.name} is too large", where=str(path), hint=_HINT)
 
 
 def _check_file(path: Path, checksum: str) -> None:

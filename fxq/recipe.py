@@ -76,7 +76,7 @@ class Recipe:
         """The recipe a TOML text describes."""
         try:
             data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # too many digits or brackets are others
             raise RecipeError(f"not valid TOML: {error}", where=where) from error
         _reject_unknown(data, _KEYS, where, "key")
         entries = data.get("pass")
@@ -89,7 +89,7 @@ class Recipe:
             papers=tuple(_typed(data, "papers", list, where, [])),
             passes=passes,
             layers=_layers_from(data.get("layer", {}), passes, where),
-            coverage=float(_typed(data, "coverage", (int, float), where, 1.0)),
+            coverage=_share(_typed(data, "coverage", (int, float), where, 1.0), where),
             simulation=_typed(data, "simulation", bool, where, False),
             training=_typed(data, "training", bool, where, False),
             source=where,
@@ -215,7 +215,7 @@ def _converted(value: Any, wanted: Any) -> Any:
         matching = [member for member in wanted if value in (member, member.value)]
         return matching[0] if matching else _WRONG
     if wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**1023 or value != value else _WRONG
     if wanted in (int, bool, str):
         return value if type(value) is wanted else _WRONG
     if typing.get_origin(wanted) is tuple and isinstance(value, (list, tuple)):
@@ -289,6 +289,12 @@ def _typed(data: Mapping[str, Any], key: str, wanted: Any, where: str, default: 
     return value
 
 
+def _share(value: float, where: str) -> float:
+    if isinstance(value, bool) or not 0 <= value <= 1:
+        raise RecipeError(f"coverage is a share from 0 to 1, not {value!r}", where=where)
+    return float(value)
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -306,7 +312,7 @@ def _parse(text: str) -> Any:
     """A command-line value: TOML where it is TOML, else the bare text."""
     try:
         return tomllib.loads(f"v = {text.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text.strip()
 
 

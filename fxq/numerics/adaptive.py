@@ -26,7 +26,7 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
 from fxq.errors import SpecError
-from fxq.numerics.fixed_point import MIN_EXPONENT, TOP_BITS, resolution_exponent
+from fxq.numerics.fixed_point import MIN_EXPONENT, TOP_BITS, largest_code, resolution_exponent
 from fxq.numerics.quantization_error import mean_shift_bits
 
 FLOAT_BITS = 32
@@ -191,6 +191,18 @@ NUMBERS = len(fields(Adaptation))
 def is_due(state: Adaptation) -> bool:
     """Whether the coming step must be `adjusted`; otherwise it may `advance`."""
     return state.step >= state.next_step
+
+
+def is_within(state: Adaptation, largest: float) -> bool:
+    """Whether no value of a tensor would be clipped; not, where the largest one is NaN.
+
+    Example:
+        >>> is_within(Adaptation(8, exponent=0), 127.0), is_within(Adaptation(8, exponent=0), 128.0)
+        (True, False)
+    """
+    if state.bits == FLOAT_BITS:
+        return largest < math.inf
+    return largest <= largest_code(state.bits) * 2.0**state.exponent
 
 
 def advance(state: Adaptation) -> Adaptation:

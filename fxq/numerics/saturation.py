@@ -40,3 +40,22 @@ def largest_pair_sum(codes: torch.Tensor) -> torch.Tensor:
     positive = pairs.clamp(min=0).sum(-1).amax(-1)
     negative = (-pairs).clamp(min=0).sum(-1).amax(-1)
     return torch.maximum(positive, negative)
+
+
+def largest_two_sum(codes: torch.Tensor) -> torch.Tensor:
+    """``[out]``: the largest magnitude that any two weights of one sign add up to.
+
+    What holds for it holds whichever products a kernel makes a pair of.
+
+    Args:
+        codes: ``[out, taps]``; the integer weights of each output channel.
+
+    Example:
+        >>> largest_two_sum(torch.tensor([[100, -3, 60], [100, -60, -70]])).tolist()
+        [160, 130]
+    """
+    wide = codes.to(torch.int32)
+    count = min(2, wide.shape[1])
+    signs = (wide.clamp(min=0), (-wide).clamp(min=0))
+    positive, negative = (one.topk(count, dim=1).values.sum(1) for one in signs)
+    return torch.maximum(positive, negative)

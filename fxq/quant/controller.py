@@ -13,7 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fxq.errors import SpecError, TrainingError
-from fxq.numerics.adaptive import Adaptation, AdaptationOptions, adjusted, advance, is_due
+from fxq.numerics.adaptive import (
+    Adaptation,
+    AdaptationOptions,
+    adjusted,
+    advance,
+    is_due,
+    is_within,
+)
 from fxq.products.elementwise import rounded_sum, statistics
 
 NO_RANGE = -1e30
@@ -23,9 +30,11 @@ NO_RANGE = -1e30
 class Controller(nn.Module):
     """Chooses bits and resolution of a tensor, and when to choose again.
 
-    In training each call is a step. In eval mode nothing is learned; before the first step of a
-    training it chooses for each tensor anew. Under a process group of torch.distributed, all
-    processes decide by the statistics of all.
+    In training each call is a step. A value that the resolution of now would clip makes a step one
+    that chooses: in the paper it stays clipped until the next one, and where a range grows fast,
+    as in the first steps of a training, that is enough to make a network diverge. In eval mode
+    nothing is learned; before the first step of a training it chooses for each tensor anew. Under a
+    process group of torch.distributed, all processes decide by the statistics of all.
 
     Args:
         options: How to choose.
@@ -58,21 +67,29 @@ class Controller(nn.Module):
             TrainingError: It holds NaN or infinite values.
         """
         known = self.adaptation()
-        if not self.is_watching or (not self.training and known.adjustments):
+        if not self.is_watching or (not self.training and known.adjustments) or x.numel() == 0:
             return known.bits, known.exponent
-        if x.numel() == 0:
-            return known.bits, known.exponent
-        state = self._adjusted(known, x, mask) if is_due(known) else advance(known)
-        if self.training:
-            self.state.copy_(_encoded(state))
-        return state.bits, state.exponent
-
-    def _adjusted(self, known: Adaptation, x: Tensor, mask: Tensor | None) -> Adaptation:
         shared = self.training and dist.is_available() and dist.is_initialized()
         largest, total = statistics(x, mask)
         if shared:
             largest, total = _over_processes(largest, dist.ReduceOp.MAX), _over_processes(total)
+        if not is_due(known) and is_within(known, largest):
+            state = advance(known)
+        else:
+            state = self._adjusted(known, x, mask, largest, total, shared)
+        if self.training:
+            self.state.copy_(_encoded(state))
+        return state.bits, state.exponent
 
+    def _adjusted(
+        self,
+        known: Adaptation,
+        x: Tensor,
+        mask: Tensor | None,
+        largest: float,
+        total: float,
+        shared: bool,
+    ) -> Adaptation:
         def rounded(bits: int, exponent: int) -> float:
             own = rounded_sum(x, exponent, bits, mask)
             return _over_processes(own) if shared else own

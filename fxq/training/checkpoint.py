@@ -123,14 +123,14 @@ class Checkpoint:
         about = header.get("about", "")
         if header.get("checksum") != digest(tensors, about):
             raise _damaged(path, "its checksum is wrong")
-        known = json.loads(about)
-        losses = [float(loss) for loss in tensors.pop(_LOSSES)]
-        return cls(
-            known["identity"],
-            Position(losses, known["rows"], known["correct"], known["seconds"]),
-            _below(tensors, _MODEL),
-            _below(tensors, _MOMENTUM),
-        )
+        try:
+            known = json.loads(about)
+            losses = [float(loss) for loss in tensors.pop(_LOSSES)]
+            position = Position(losses, known["rows"], known["correct"], known["seconds"])
+            identity = dict(known["identity"])
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise _damaged(path, f"{type(error).__name__} {error}") from error
+        return cls(identity, position, _below(tensors, _MODEL), _below(tensors, _MOMENTUM))
 
     def check_identity(self, identity: Mapping[str, Any], path: Path) -> None:
         """The checkpoint belongs to this training.
