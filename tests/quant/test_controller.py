@@ -96,6 +96,17 @@ def test_a_mask_hides_values() -> None:
     assert masked.adaptation().bits == 8
 
 
+def test_a_value_that_would_be_clipped_makes_a_step_choose() -> None:
+    controller = Controller(AdaptationOptions())
+    for _ in range(3):
+        controller.choose(torch.linspace(-1, 1, 1001))
+    before = controller.adaptation()
+    assert before.step < before.next_step
+    bits, exponent = controller.choose(torch.linspace(-9, 9, 1001))
+    assert (bits, exponent) == (8, resolution_exponent(9.0, 8))
+    assert controller.adaptation().adjustments == before.adjustments + 1
+
+
 def test_first_steps_all_choose_anew() -> None:
     controller = Controller(AdaptationOptions())
     controller.begin(6)
