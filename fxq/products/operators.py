@@ -17,10 +17,13 @@ from torch import Tensor
 from fxq.products.elementwise import channel_sum, combined, fixed_point_limbs
 from fxq.products.geometry import Geometry, Pair
 from fxq.products.gradients import input_gradient, weight_gradient
-from fxq.products.kernels import convolution, product, scaled_convolution
+from fxq.products.kernels import EXACT_FLOAT32, convolution, product, scaled_convolution
 
 CACHED = 2**20
 """How many whole numbers of a product are made at a time."""
+
+SMALL = 2**18
+"""Multiplications in a matrix product below which a call costs more than the product."""
 
 
 @torch.library.custom_op("fxq::quantize", mutates_args=())
@@ -275,6 +278,12 @@ def _by_rows(left: Tensor, right: Tensor, exponent: int) -> Tensor:
 
 
 def _batched_product(left: Tensor, right: Tensor) -> Tensor:
+    """Exact whole numbers; of small matrices, as a call for each would be slow, in floating point."""
+    *_, rows, length = left.shape
+    if rows * length * right.shape[-1] < SMALL:
+        proven = left.device.type == "cpu" and length * 2**14 < EXACT_FLOAT32
+        dtype = torch.float32 if proven else torch.float64
+        return left.to(dtype) @ right.to(dtype)
     flat = zip(left.flatten(0, -3), right.flatten(0, -3), strict=True)
     found = torch.stack([product(one, other) for one, other in flat])
     return found.view(*left.shape[:-1], right.shape[-1])
