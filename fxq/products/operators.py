@@ -278,7 +278,7 @@ def _by_rows(left: Tensor, right: Tensor, exponent: int) -> Tensor:
 
 
 def _batched_product(left: Tensor, right: Tensor) -> Tensor:
-    """Exact whole numbers; of small matrices, as a call for each would be slow, in floating point."""
+    """Exact whole numbers; of small matrices all at once, in floating point."""
     *_, rows, length = left.shape
     if rows * length * right.shape[-1] < SMALL:
         proven = left.device.type == "cpu" and length * 2**14 < EXACT_FLOAT32
