@@ -13,11 +13,11 @@ from fxq.integer.float_layers import dynamic_quantizer, fake_quantizer, float_la
 from fxq.integer.layers import accumulator_scale
 from fxq.integer.program import Instruction, IntegerProgram
 from fxq.integer.reference import average_multiplier, call_float, float_callable, reshape
-from fxq.numerics.saturation import largest_pair_sum, pair_limit
 
 from . import _kernels as kernels
 from ._fusion import fuse_residual_adds, may_overwrite
 from ._offsets import byte_offsets
+from ._saturation import depthwise_saturates, exact_layer, is_proven, may_saturate
 
 Run = Callable[[dict[str, Any]], Any]
 
@@ -28,6 +28,7 @@ class Builder:
     def __init__(self, program: IntegerProgram, engine: str) -> None:
         self.engine = engine
         self.program = program  # which layers can add is asked of the unfused program
+        self.grids = program.grids()
         self.program = fuse_residual_adds(program, self._can_add)
         self.grids = self.program.grids()
         self.offsets = byte_offsets(self.program, self._tolerates_zero_point)
@@ -62,22 +63,17 @@ class Builder:
         return clamped
 
     def engine_for(self, step: Instruction) -> str:
-        """The kernel library of a layer."""
-        if self._saturates(step):
+        """The kernel library of a layer; ``float`` where all kernels may saturate on this CPU."""
+        source = self.grids.get(step.inputs[0])
+        if may_saturate(self.engine) and not is_proven(self.program, step, source):
+            return "float"
+        if depthwise_saturates(self.program, step):
             return "onednn"
         if "onednn" not in kernels.supported_engines() or not self._suits_onednn(step):
             return "fbgemm"
         if self.engine == "x86":
             return "onednn" if kernels.is_exact("onednn") else "fbgemm"
         return self.engine
-
-    def _saturates(self, step: Instruction) -> bool:
-        """Whether fbgemm would take a depthwise kernel, and that could leave 16 bits."""
-        weight = self.program.tensor(step, "weight")
-        if step.op == "linear" or not step.attributes["groups"] == weight.shape[0] > 1:
-            return False
-        worst = int(largest_pair_sum(weight.flatten(1)).max())
-        return worst > pair_limit(255) and not kernels.sees_only_padding(weight, step.attributes)
 
     def _suits_onednn(self, step: Instruction) -> bool:
         weight = self.program.tensor(step, "weight")
@@ -93,6 +89,8 @@ class Builder:
         if step.op not in ("conv", "conv_add", "linear"):
             return True
         engine = self.engine_for(step)
+        if engine == "float":
+            return True
         if not kernels.is_exact(engine):
             return False  # kernels that saturate in 16 bits must see small bytes
         return engine == "fbgemm" or self._pads_nothing(step)
@@ -145,6 +143,20 @@ class Builder:
         source, run = step.inputs[0], float_layer(self.program, step)
         return lambda values: run(values[source])
 
+    def _exact_layer(self, step: Instruction) -> Run:
+        """The layer in float64, where every kernel may saturate."""
+        source, is_float = step.inputs[0], step.grid is None
+        low, exact = self.offsets[source], exact_layer(self.program, step)
+
+        def run(values: dict[str, Any]) -> torch.Tensor:
+            found = exact(kernels.unwrap(values[source]).int() - low)
+            if is_float:
+                return found
+            codes = (found + self.offsets[step.name]).to(torch.uint8)
+            return kernels.wrap(_channels_last(codes), *self.label(step.name))
+
+        return run
+
     def _layer_tensors(self, step: Instruction) -> dict[str, torch.Tensor]:
         source = self.grids[step.inputs[0]]
         assert source is not None
@@ -159,6 +171,8 @@ class Builder:
     def conv(self, step: Instruction) -> Run:
         if self.grids.get(step.inputs[0]) is None:
             return self._float_layer(step)
+        if self.engine_for(step) == "float":
+            return self._exact_layer(step)
         engine, tensors = self.engine_for(step), self._layer_tensors(step)
         source = step.inputs[0]
         input_scale, input_zero = self.label(source)
@@ -210,6 +224,8 @@ class Builder:
         source = step.inputs[0]
         if self.grids.get(source) is None:
             return self._float_layer(step)
+        if self.engine_for(step) == "float":
+            return self._exact_layer(step)
         tensors, relu = self._layer_tensors(step), step.attributes["relu"]
         if step.grid is None:
             del tensors["scale"]

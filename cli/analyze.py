@@ -240,7 +240,8 @@ def figures_of(lab: Lab, nodes: Sequence[str], progress: Progress) -> Iterator[t
         if layer.node in nodes:
             found = sensitivity(program, layer, metrics)
             found |= distribution_errors(program, layer, kept)
-            yield layer.node, plain(found)
+            about = {"path": layer.path, "bits": layer.bits}
+            yield layer.node, {"layer": about, **plain(found)}
 
 
 # ---- runs --------------------------------------------------------------------------------------

@@ -123,14 +123,16 @@ def _plain(value: float | None, digits: int = 2) -> str:
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
-    """``analysis.csv`` and ``analysis.png`` are in the folder."""
+    """``analysis.csv`` and ``analysis.png`` are in the folder, beside the JSON files."""
+    from fxq import plot
+
     with (folder / "analysis.csv").open("w", encoding="utf-8", newline="") as file:
         flat = [_flat(row) for row in rows]
         names = list(dict.fromkeys(name for one in flat for name in one))
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(flat)
-    _draw(rows, folder / "analysis.png")
+    plot.sensitivity(folder).savefig(folder / "analysis.png", dpi=120)
 
 
 def _flat(row: Row) -> dict[str, Any]:
@@ -138,36 +140,8 @@ def _flat(row: Row) -> dict[str, Any]:
     groups = {
         f"{way}.{name}": value
         for way, group in row.figures.items()
+        if way != "layer"
         for name, value in group.items()
     }
     parts = {part: getattr(row.error, part) for part in (*PARTS, "error", "network")}
     return {**row.layer.to_json(), **groups, **parts}
-
-
-def _draw(rows: Sequence[Row], path: Path) -> None:
-    """Per layer: what its error is made of, and the SQNR of the output with it alone quantized."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(10, 1.5 + 0.28 * len(rows)), layout="constrained")
-    FigureCanvasAgg(picture)
-    left, right = picture.subplots(1, 2, sharey=True)
-    labels = [f"{row.layer.path}  {row.layer.bits}" for row in rows]
-    losses = [row.loss if abs(row.loss) < float("inf") else 0.0 for row in rows]
-    bars = left.barh(labels, losses, color="#4c78a8")
-    left.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
-    left.set_xlabel("SQNR of the output (dB), only this layer quantized")
-    left.invert_yaxis()
-    left.margins(x=0.12)
-    left.tick_params(axis="y", labelsize=8)
-    below, above = [0.0] * len(rows), [0.0] * len(rows)
-    for part, colour in zip(PARTS, ("#4c78a8", "#e45756", "#f2cf5b"), strict=True):
-        sizes = [getattr(row.error, part) for row in rows]
-        starts = [above[i] if size >= 0 else below[i] for i, size in enumerate(sizes)]
-        right.barh(labels, sizes, left=starts, color=colour, label=part)
-        for i, size in enumerate(sizes):
-            (above if size >= 0 else below)[i] += size
-    right.set_xlabel("error of the layer's output on float inputs, relative")
-    right.locator_params(axis="x", nbins=5)
-    right.legend(fontsize=8)
-    picture.savefig(path, dpi=120)

@@ -42,8 +42,11 @@ def waterfall(source: Any) -> Picture:
     steps = _errors_by_step(source)
     if not steps:
         raise SpecError("no pass was measured", hint="compile with check=True, the default")
-    after = [error if math.isfinite(error) else math.nan for _, error in steps]
-    before = [0.0, *after[:-1]]
+    before, after = [], [0.0]
+    for _, error in steps:
+        before.append(after[-1])
+        after.append(error if math.isfinite(error) else after[-1])  # no bar, only its word
+    del after[0]
     parts = [end - start for start, end in zip(before, after, strict=True)]
     picture = _rows([name for name, _ in steps])
     axes = picture.add_subplot()
@@ -54,8 +57,7 @@ def waterfall(source: Any) -> Picture:
     axes.bar_label(bars, left, padding=4, fontsize=8)
     axes.set_xlabel("squared error of the output, relative")
     _label_rows(axes, [name for name, _ in steps])
-    most = max((error for error in after if error > 0), default=1.0)  # NaN is not
-    axes.set_xlim(0, 1.2 * most)
+    axes.set_xlim(0, 1.2 * max(after) or 1.0)
     return picture
 
 

@@ -215,7 +215,7 @@ def _converted(value: Any, wanted: Any) -> Any:
         matching = [member for member in wanted if value in (member, member.value)]
         return matching[0] if matching else _WRONG
     if wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value) if abs(value) < 2**1023 or value != value else _WRONG
+        return _WRONG if isinstance(value, int) and abs(value) >= 2**1023 else float(value)
     if wanted in (int, bool, str):
         return value if type(value) is wanted else _WRONG
     if typing.get_origin(wanted) is tuple and isinstance(value, (list, tuple)):

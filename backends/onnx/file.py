@@ -120,6 +120,8 @@ def read_model(path: Path) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError
 
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
         return onnx.load(path)
     except (OSError, DecodeError, ValueError, onnx.checker.ValidationError) as error:
         raise ArtifactError(

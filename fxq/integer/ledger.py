@@ -103,9 +103,17 @@ class Ledger:
         try:
             if not isinstance(data, list):
                 raise TypeError(f"it is a {type(data).__name__}, not a list")
-            return cls(tuple(LedgerEntry(**entry) for entry in data))
+            return cls(tuple(_entry(item) for item in data))
         except TypeError as error:
             raise ArtifactError(f"the ledger is damaged: {error}") from error
+
+
+def _entry(item: dict[str, Any]) -> LedgerEntry:
+    entry = LedgerEntry(**item)
+    texts = (entry.node, entry.path, entry.op, entry.where, entry.why)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(entry.layer, bool):
+        raise TypeError(f"{item} is no entry")
+    return entry
 
 
 def removed_by_passes(program: Program, journal: Journal | None) -> list[LedgerEntry]:

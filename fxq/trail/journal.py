@@ -13,10 +13,13 @@ from fxq.graph import html
 from fxq.graph.rewrite import Miss
 from fxq.trail.delta import Delta, compare
 from fxq.trail.drift import INFINITIES, Drift, finite, number
-from fxq.trail.snapshot import Snapshot
+from fxq.trail.snapshot import Snapshot, strings
 from fxq.trail.values import Values
 
 FORMAT = 1
+
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
+"""What reading a file that is no journal raises."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ class Journal:
                 where=str(path),
                 hint="give the run folder that fxq compile printed",
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except _DAMAGE as error:
             raise ArtifactError(
                 f"the journal cannot be read: {error}",
                 where=str(path),
@@ -229,11 +232,11 @@ def _step_from_json(entry: dict[str, Any], before: Snapshot, after: Snapshot) ->
         contract=str(entry["contract"]),
         before=before,
         after=after,
-        hits=tuple(entry["hits"]),
-        misses=tuple(Miss(miss["node"], miss["why"]) for miss in entry["misses"]),
+        hits=strings(entry["hits"]),
+        misses=tuple(Miss(*strings([miss["node"], miss["why"]])) for miss in entry["misses"]),
         seconds=float(entry["seconds"]),
         sqnr=number(entry["sqnr"]),
         total_sqnr=number(entry["total_sqnr"]),
-        notes=tuple(entry["notes"]),
+        notes=strings(entry["notes"]),
         drift=Drift.from_json(entry.get("drift")),
     )

@@ -96,14 +96,31 @@ class Snapshot:
 
     @classmethod
     def from_json(cls, data: list[dict[str, Any]], code: str = "") -> Snapshot:
-        """The snapshot that `to_json` wrote, with its code."""
-        records = [
-            NodeRecord(
-                **{**entry, "inputs": tuple(entry["inputs"]), "facts": tuple(entry["facts"])}
-            )
-            for entry in data
-        ]
-        return cls(tuple(records), code)
+        """The snapshot that `to_json` wrote, with its code.
+
+        Raises:
+            TypeError: Something that is text in every snapshot is not.
+        """
+        strings([code])
+        return cls(tuple(_record_from_json(entry) for entry in data), code)
+
+
+def strings(values: Any) -> tuple[str, ...]:
+    """A list of texts as a tuple.
+
+    Raises:
+        TypeError: It is no list, or holds something else.
+    """
+    if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{str(values)[:60]} is no list of texts")
+    return tuple(values)
+
+
+def _record_from_json(entry: dict[str, Any]) -> NodeRecord:
+    inputs, known = strings(entry["inputs"]), strings(entry["facts"])
+    texts = {name: value for name, value in entry.items() if name not in ("inputs", "facts")}
+    strings(list(texts.values()))
+    return NodeRecord(**texts, inputs=inputs, facts=known)
 
 
 def snapshot(program: Program) -> Snapshot:

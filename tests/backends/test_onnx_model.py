@@ -298,7 +298,7 @@ def test_a_damaged_model_file_is_refused(damage: str, images: torch.Tensor, tmp_
         path.unlink()
     else:
         path.write_bytes((run(tiny_residual(), "other") / "model.onnx").read_bytes())
-    with pytest.raises(ArtifactError, match="ONNX model") as caught:
+    with pytest.raises(ArtifactError, match="model") as caught:
         fxq.load(path.parent)
     assert str(path) in str(caught.value)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fxq import registry
 from fxq.backends.eager import EagerModule
+from fxq.checksums import seal
 from fxq.cli import verify_data, verify_runtimes
 from fxq.cli.options import Flavor
 from fxq.errors import FxqError
@@ -361,6 +362,7 @@ def test_a_broken_run(fxq: Callable, digits_run: Path, tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     metadata = json.loads((tmp_path / "metadata.json").read_text())
     (tmp_path / "metadata.json").write_text(json.dumps(metadata | {"model": [1]}))
+    seal(tmp_path)
     done = fxq("verify", ".", *EAGER)
     assert (done.code, "its metadata is damaged" in done.err) == (2, True)
     (tmp_path / "weights.safetensors").unlink()
