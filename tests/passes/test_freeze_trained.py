@@ -14,7 +14,7 @@ from fxq.models_zoo import tiny_residual
 from fxq.passes import FreezeTrained, InsertObservers, JoinBatchNorm, MarkRelu, QuantizeApot
 from fxq.passes.calibrate import Calibrate
 from fxq.passes.insert_observers import Statistics
-from fxq.quant.learned_layers import Learned
+from fxq.quant.learned import Learned
 from fxq.quant.quantizers import QuantizedLayer
 
 BEFORE = (
