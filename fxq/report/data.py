@@ -29,6 +29,8 @@ class Run:
         metadata: ``metadata.json``.
         attribution: ``attribution.json``: ``layers``, each a ``node`` with its error by cause, and
             ``waterfall``, passes with the ``sqnr_db`` they left; empty where there is none.
+        sensitivity: Of ``analysis.json``: for each layer the SQNR of the output where it alone is
+            quantized (``alone``), and where it alone is not (``without``), most sensitive first.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Run:
     recipe: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
     attribution: dict[str, Any] = field(default_factory=dict)
+    sensitivity: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_run(folder: Path) -> Run:
@@ -53,6 +56,7 @@ def read_run(folder: Path) -> Run:
         recipe=_text(folder / "recipe.toml") or "",
         metadata=_object(folder / "metadata.json"),
         attribution=_object(folder / "attribution.json"),
+        sensitivity=_sensitivity(_object(folder / "analysis.json")),
     )
 
 
@@ -81,7 +85,18 @@ def page_data(run: Run) -> dict[str, Any]:
         "recipe": run.recipe,
         "metadata": run.metadata,
         "attribution": run.attribution,
+        "sensitivity": run.sensitivity,
     }
+
+
+def _sensitivity(analysis: dict[str, Any]) -> list[dict[str, Any]]:
+    """Layers of an analysis with both their SQNRs; those without figures are left out."""
+    found = []
+    for node, figures in analysis.get("layers", {}).items():
+        both = {which: figures.get(which, {}).get("sqnr") for which in ("alone", "without")}
+        if all(isinstance(value, (int, float)) for value in both.values()):
+            found.append({"node": node, **both})
+    return sorted(found, key=lambda layer: float(layer["alone"]))
 
 
 def _graphs(journal: Journal) -> list[Snapshot]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
+
+from fxq.report import write
 
 STEPS = 6  # of the recipe aciq-4bit
 
@@ -142,3 +146,26 @@ def test_the_address_holds_the_state_and_both_schemes_are_drawn(page: Any, tmp_p
     assert pictures[0] != pictures[1]
     assert struct.unpack(">II", pictures[0][16:24])[0] > 1000
     no_complaints(page)
+
+
+def test_an_analysis_is_shown_most_sensitive_first(
+    browser: Any, folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    layers = {
+        "conv1": {"alone": {"sqnr": 30.0}, "without": {"sqnr": 14.5}},
+        "conv2": {"alone": {"sqnr": 18.25}, "without": {"sqnr": 16.0}},
+        "fc": {"alone": {"score": 1.0}, "without": {"score": 1.0}},
+    }
+    (run / "analysis.json").write_text(json.dumps({"inputs": {}, "layers": layers}))
+    browser.open(write(run, tmp_path / "analyzed.html"))
+    browser.click("#tab-error")
+    rows = browser.evaluate(
+        "[...document.querySelectorAll('#panel .sensitivity')].map((row) => row.innerText)"
+    )
+    assert len(rows) == 2
+    assert "conv2" in rows[0]
+    assert "18.3 dB (16.0 dB)" in rows[0] or "18.2 dB (16.0 dB)" in rows[0]
+    assert "conv1" in rows[1]
+    no_complaints(browser)

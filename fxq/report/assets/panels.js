@@ -242,6 +242,9 @@ function errorPanel() {
   parts.push(make("ul", { class: "items" }, bars));
   const fall = data.attribution.waterfall || [];
   if (fall.length) parts.push(make("h3", {}, "Waterfall"), make("ul", { class: "items" }, fall.map((entry) => meterRow(entry.pass, entry.sqnr_db))));
+  const ranked = data.sensitivity || [];
+  if (ranked.length) parts.push(make("h3", {}, "Sensitivity"), make("p", { class: "small" }, "SQNR of the output with this layer alone quantized; in brackets, with all but this one."),
+    ...longList(ranked, (layer) => sensitivityRow(layer), 40));
   const layers = (data.attribution.layers || []).map((layer) => [layer.node, errorCauses(layer)]);
   const total = (causes) => causes.reduce((sum, [, value]) => sum + value, 0);
   layers.sort((a, b) => total(b[1]) - total(a[1]));
@@ -249,6 +252,13 @@ function errorPanel() {
     chip("added", "weight"), " ", chip("noted", "rounding"), " ", chip("rewired", "clipping")),
   ...longList(layers, ([name, causes]) => make("li", {}, make("div", { class: "row" }, numberOf.has(name) ? nodeLink(name) : name, make("span", { class: "small" }, number(total(causes), 3))), splitBar(causes, "split")), 40));
   return parts;
+}
+
+function sensitivityRow(layer) {
+  const bar = make("i");
+  bar.style.width = `${share(layer.alone)}%`;
+  return make("li", { class: "sensitivity" }, make("div", { class: "row" }, numberOf.has(layer.node) ? nodeLink(layer.node) : layer.node,
+    make("span", { class: "small" }, `${decibel(layer.alone)} (${decibel(layer.without)})`)), make("div", { class: "meter" }, bar));
 }
 
 function meterRow(name, value, onclick) {
