@@ -66,7 +66,7 @@ def histogram(
         >>> grid = ActivationQuantizer(torch.tensor(1.0), torch.tensor(0), 2)
         >>> figure = histogram(observer, quantizer=grid)
         >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-        ['values', 'clipped', 'ends of the range', '4 levels']
+        ['ends of the range', '4 levels', 'values', 'clipped']
     """
     if isinstance(source, Observer):
         grid = None if quantizer is None else _grid_of(of_quantizer(quantizer))
