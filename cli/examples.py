@@ -47,7 +47,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "bisect": (
         "fxq bisect digits/convnet --set weight_bits=2 -n 64 --bound 15",
-        "fxq bisect digits/convnet --set weight_bits=2 -n 64 --metric accuracy --bound 95",
+        "fxq bisect digits/convnet --set weight_bits=2 --metric accuracy --bound 95",
         "fxq bisect model.py -r minmax-int8 --bound 20 --json",
     ),
     "cost": (

@@ -148,7 +148,7 @@ def test_fewer_bits_begin_where_more_ended(
     ("more", "told"),
     [
         (("-r", "aciq-4bit"), "aciq-4bit quantizes without training"),
-        (("-r", "aciq-4bit"), "recipes that train: apot-2bit, apot-3bit, apot-4bit"),
+        (("-r", "aciq-4bit"), "recipes that train: adaptive-fixed-point, "),
         (("--init", "nowhere"), "there is no checkpoint of a training"),
         (("--lr", "0"), "lr must be positive"),
         (("--milestones", "a"), "--milestones takes numbers"),

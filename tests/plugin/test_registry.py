@@ -105,7 +105,7 @@ def test_found_by_name() -> None:
             "there is no torchvision network named 'resnet19'",
             "did you mean 'resnet1",
         ),
-        (find_pass, "?", "there is no pass named '?'", "known: adaround, "),
+        (find_pass, "?", "there is no pass named '?'", "known: adapt-backward, adaround, "),
     ],
 )
 def test_unknown_names(find: Any, name: str, what: str, hint: str) -> None:
