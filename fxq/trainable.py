@@ -20,6 +20,7 @@ from torch import fx, nn
 from fxq.errors import FxqError
 from fxq.graph.plain import PlainGraph
 from fxq.graph.program import Program
+from fxq.quant.uncompiled import uncompiled
 from fxq.recipe import Recipe
 from fxq.trail.journal import Journal
 
@@ -79,7 +80,7 @@ class TrainingModule(nn.Module):
         self._deployed = None  # writes to ``.data`` since then cannot be seen
         return super().train(mode)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def _evaluated(self, *inputs: Any) -> Any:
         """What the deployed module computes; the network itself where it cannot be deployed."""
         state = list(chain(self.parameters(), self.buffers()))

@@ -29,6 +29,7 @@ from fxq.quant.fixed_point_products import (
 )
 from fxq.quant.normalized import affine_of, set_weights
 from fxq.quant.quantizers import QuantizedLayer, channel_view, output_channels
+from fxq.quant.uncompiled import uncompiled
 
 
 class FixedPointModule(nn.Module):
@@ -111,7 +112,7 @@ class FixedPointLayer(FixedPointModule):
         bits = torch.full((output_channels(layer),), width)
         self.register_buffer("bits", bits, persistent=False)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def forward(self, x: Tensor) -> Tensor:
         """What the layer computes with rounded operands, and then the norm.
 
@@ -232,7 +233,7 @@ class FusedRelu(nn.Module):
 class FixedPointProduct(FixedPointModule):
     """``left @ right`` on fixed-point operands, as attention computes."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """``[…, m, n]`` from ``[…, m, k]`` and ``[…, k, n]``.
 

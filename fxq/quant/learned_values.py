@@ -21,6 +21,7 @@ from fxq.numerics.affine import MIN_SCALE, grid_from_range, short_scale
 from fxq.numerics.learned_clip import ClipGradient, project
 from fxq.numerics.levels import level_table
 from fxq.quant.quantizers import ActivationQuantizer, LevelQuantizer
+from fxq.quant.uncompiled import uncompiled
 
 LEAST_CLIP = 1e-8
 """A frozen clip is never smaller than this."""
@@ -231,7 +232,7 @@ class FollowedRange(nn.Module):
             self._follow(x.detach())
         return x
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def _follow(self, x: Tensor) -> None:
         seen = int(self.batches)
         self.batches += 1
