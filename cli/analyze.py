@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fxq.compiler import Result
     from fxq.graph.program import Progress
     from fxq.measure import Metric
+    from fxq.recipe import Recipe
     from fxq.zoo_entry import Normalization
 
     from .load import Subject
@@ -133,29 +134,53 @@ def opened(request: Request, meter: Meter) -> Lab:
     Raises:
         RecipeError: The recipe trains, or does not calibrate.
     """
-    from fxq.recipe import Recipe
+    from . import score
 
-    from . import load, score
-
-    load.load_plugins(request.plugins)
-    load.set_threads(request.threads)
-    recipe = Recipe.load(request.recipe).with_settings(request.settings)
+    recipe = recipe_of(request)
     if recipe.training:
         raise RecipeError(
             f"{recipe.name} gives a network to be trained",
             hint="analyze a recipe without training, for example aciq-4bit",
         )
-    subject = load.load_subject(
+    subject = subject_of(request)
+    evaluation = score.evaluation_of(
+        subject, request.evaluation, limit=request.eval_images, batch_size=request.batch_size
+    )
+    data = calibration_data(request, recipe, subject)
+    if data is None:
+        raise RecipeError(f"{recipe.name} does not calibrate, so there is nothing to measure on")
+    result = compiled(subject, recipe, data, leaves=request.leaves, reporter=Quiet(meter))
+    count = len(subject.model.example_inputs)
+    return Lab(subject, result, sample_of(data, count, request.sample), evaluation)
+
+
+def recipe_of(request: Request) -> Recipe:
+    """The recipe as asked for; plugins are loaded and threads set."""
+    from fxq.recipe import Recipe
+
+    from . import load
+
+    load.load_plugins(request.plugins)
+    load.set_threads(request.threads)
+    return Recipe.load(request.recipe).with_settings(request.settings)
+
+
+def subject_of(request: Request) -> Subject:
+    """The network as asked for."""
+    from .load import load_subject
+
+    return load_subject(
         request.name,
         weights=request.weights,
         input_shape=request.input_shape,
         normalization=request.normalization,
         seed=request.seed,
     )
-    evaluation = score.evaluation_of(
-        subject, request.evaluation, limit=request.eval_images, batch_size=request.batch_size
-    )
-    calibration = calibration_for(
+
+
+def calibration_data(request: Request, recipe: Recipe, subject: Subject) -> Iterable[Any] | None:
+    """The batches a recipe calibrates on, to be read repeatedly; None where it does not."""
+    found = calibration_for(
         recipe,
         subject,
         request.calibration,
@@ -163,12 +188,9 @@ def opened(request: Request, meter: Meter) -> Lab:
         batch_size=request.batch_size,
         seed=request.seed,
     )
-    if calibration is None:
-        raise RecipeError(f"{recipe.name} does not calibrate, so there is nothing to measure on")
-    data = calibration.data if hasattr(calibration.data, "__len__") else list(calibration.data)
-    result = compiled(subject, recipe, data, leaves=request.leaves, reporter=Quiet(meter))
-    count = len(subject.model.example_inputs)
-    return Lab(subject, result, sample_of(data, count, request.sample), evaluation)
+    if found is None:
+        return None
+    return found.data if isinstance(found.data, Sized) else list(found.data)
 
 
 def sample_of(data: Iterable[Any], arguments: int, limit: int) -> list[Any]:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxq.errors import DataError
 
-from .analyze import Request, sample_of
-from .compile import calibration_for
+from .analyze import Request, calibration_data, recipe_of, sample_of, subject_of
 from .options import Measure
 from .show_compile import Meter
 
@@ -25,31 +24,11 @@ if TYPE_CHECKING:
 def run(request: Request, metric: Measure, bound: float, *, as_json: bool) -> None:
     """What was found has been told."""
     from fxq.bisect import bisect
-    from fxq.recipe import Recipe
 
-    from . import load, show
+    from . import show
 
-    load.load_plugins(request.plugins)
-    load.set_threads(request.threads)
-    recipe = Recipe.load(request.recipe).with_settings(request.settings)
-    subject = load.load_subject(
-        request.name,
-        weights=request.weights,
-        input_shape=request.input_shape,
-        normalization=request.normalization,
-        seed=request.seed,
-    )
-    calibration = calibration_for(
-        recipe,
-        subject,
-        request.calibration,
-        images=request.images,
-        batch_size=request.batch_size,
-        seed=request.seed,
-    )
-    data = calibration and calibration.data
-    if data is not None and not hasattr(data, "__len__"):
-        data = list(data)
+    recipe, subject = recipe_of(request), subject_of(request)
+    data = calibration_data(request, recipe, subject)
     with Meter() as meter:
 
         def tell(one: Measured) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fxq.errors import TrainingError
-from fxq.numerics.fixed_point import largest_code, smallest_code
+from fxq.numerics.fixed_point import largest_code, limbs, smallest_code
 
 WORTH_COMPILING = 2**18
 """How many elements a tensor has from which on the compiled loops are used."""
@@ -81,8 +81,8 @@ def fixed_point_limbs(x: Tensor, exponent: int, bits: int, mask: Tensor | None =
     if not math.isfinite(float(largest)):
         raise TrainingError(f"a tensor to be quantized holds {float(largest)}")
     strides = (dense.numel(), *dense.stride())
-    limbs: Tensor = flat.as_strided((len(flat), *x.shape), strides)
-    return limbs
+    result: Tensor = flat.as_strided((len(flat), *x.shape), strides)
+    return result
 
 
 def combined(parts: list[Tensor], powers: list[int], exponent: int) -> Tensor:
@@ -144,24 +144,22 @@ def _codes(
     return codes.to(torch.int32), kept.abs().amax()
 
 
-def _one_limb(*operands: Any) -> tuple[Tensor, Tensor]:
+def _limbs(bits: int, operands: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     codes, largest = _codes(*operands)
-    return codes.to(torch.int8).unsqueeze(0), largest
+    return torch.stack(limbs(codes, bits)), largest
+
+
+# One function each: the compiler keeps few variants of a function, and masks make some already.
+def _one_limb(*operands: Any) -> tuple[Tensor, Tensor]:
+    return _limbs(8, operands)
 
 
 def _two_limbs(*operands: Any) -> tuple[Tensor, Tensor]:
-    codes, largest = _codes(*operands)
-    low = ((codes + 128) & 255) - 128
-    return torch.stack((((codes - low) >> 8).to(torch.int8), low.to(torch.int8))), largest
+    return _limbs(16, operands)
 
 
 def _three_limbs(*operands: Any) -> tuple[Tensor, Tensor]:
-    codes, largest = _codes(*operands)
-    low = ((codes + 128) & 255) - 128
-    rest = (codes - low) >> 8
-    middle = ((rest + 128) & 255) - 128
-    high = ((rest - middle) >> 8).to(torch.int8)
-    return torch.stack((high, middle.to(torch.int8), low.to(torch.int8))), largest
+    return _limbs(24, operands)
 
 
 _SPLITS = (_one_limb, _two_limbs, _three_limbs)

@@ -6,10 +6,10 @@ Paper: Zhang et al., "Fixed-Point Back-Propagation Training", CVPR 2020: BPROP a
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import astuple, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxq.products.geometry import Geometry, Pair
@@ -17,6 +17,9 @@ from fxq.products.kernels import LONGEST_SUM, convolution, product
 
 FEW_CHANNELS = 64
 """Up to so many channels in all phases of a stride are multiplied at once, unused taps and all."""
+
+Windows = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+"""Stride, padding and dilation, each per spatial axis, and the number of groups."""
 
 
 def input_gradient(gradient: Tensor, weight: Tensor, size: Pair, geometry: Geometry) -> Tensor:
@@ -41,7 +44,9 @@ def input_gradient(gradient: Tensor, weight: Tensor, size: Pair, geometry: Geome
         padding = (reach[0] - geometry.padding[0], reach[1] - geometry.padding[1])
         return convolution(gradient, turned, replace(own, padding=padding))
     if geometry.dilation != (1, 1):
-        return _float_input_gradient(gradient, weight, size, geometry)
+        operands = (gradient.double(), weight.double())
+        found = float_input_gradient(*operands, size, astuple(geometry))
+        return found.contiguous(memory_format=torch.channels_last)
     return _by_phases(gradient, turned, size, geometry)
 
 
@@ -95,34 +100,6 @@ def _turned(weight: Tensor, groups: int) -> Tensor:
     out, inner, *kernel = weight.shape
     grouped = weight.view(groups, out // groups, inner, *kernel).transpose(1, 2)
     return grouped.reshape(groups * inner, out // groups, *kernel).flip(2, 3)
-
-
-def _float_input_gradient(
-    gradient: Tensor, weight: Tensor, size: Pair, geometry: Geometry
-) -> Tensor:
-    kernel = (weight.shape[2], weight.shape[3])
-    outputs = (gradient.shape[2], gradient.shape[3])
-    extra = [
-        n - ((length - 1) * s - 2 * p + reach + 1)
-        for n, length, s, p, reach in zip(
-            size,
-            outputs,
-            geometry.stride,
-            geometry.padding,
-            geometry.reach(kernel),
-            strict=True,
-        )
-    ]
-    return F.conv_transpose2d(
-        gradient.double(),
-        weight.double(),
-        None,
-        geometry.stride,
-        geometry.padding,
-        extra,
-        geometry.groups,
-        geometry.dilation,
-    )
 
 
 # ---- weights ---------------------------------------------------------------------------------
@@ -261,3 +238,34 @@ class _Grid:
         inside = result[:, : self.output[0], : self.output[1]]
         inside.copy_(gradient.permute(1, 3, 4, 0, 2))
         return result.view(-1, limbs * out)
+
+
+# ---- floating point --------------------------------------------------------------------------
+
+
+def float_input_gradient(
+    gradient: Tensor, weight: Tensor, size: Sequence[int], windows: Windows
+) -> Tensor:
+    """``[N, in, *size]``: as `input_gradient`, in floating point and over any number of axes."""
+    x = weight.new_zeros(1).expand(len(gradient), weight.shape[1] * windows[-1], *size)
+    return _float_backward(gradient, x, weight, windows, 0)
+
+
+def float_weight_gradient(
+    x: Tensor, gradient: Tensor, kernel: Sequence[int], windows: Windows
+) -> Tensor:
+    """``[out, in/groups, *kernel]``: what the weights get, in floating point, likewise."""
+    weight = x.new_zeros(1).expand(gradient.shape[1], x.shape[1] // windows[-1], *kernel)
+    return _float_backward(gradient, x, weight, windows, 1)
+
+
+def _float_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, windows: Windows, which: int
+) -> Tensor:
+    *places, groups = windows
+    no_extra = [0] * (x.dim() - 2)
+    mask = [which == 0, which == 1, False]
+    found: Tensor = torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, *places, False, no_extra, groups, mask
+    )[which]
+    return found

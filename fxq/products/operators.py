@@ -7,16 +7,22 @@ is formed in float64, exact for operands of 24 and 8 bits, and rounded to float3
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
+from fxq.numerics.fixed_point import from_limbs
 from fxq.products.elementwise import channel_sum, combined, fixed_point_limbs
 from fxq.products.geometry import Geometry, Pair
-from fxq.products.gradients import input_gradient, weight_gradient
+from fxq.products.gradients import (
+    float_input_gradient,
+    float_weight_gradient,
+    input_gradient,
+    weight_gradient,
+)
 from fxq.products.kernels import EXACT_FLOAT32, convolution, product, scaled_convolution
 
 CACHED = 2**20
@@ -26,7 +32,7 @@ SMALL = 2**18
 """Multiplications in a matrix product below which a call costs more than the product."""
 
 
-@torch.library.custom_op("fxq::quantize", mutates_args=())
+@custom_op("fxq::quantize", mutates_args=())
 def quantize(
     x: Tensor, bits: int, exponent: int, mask: Tensor | None = None, is_image: bool = False
 ) -> Tensor:
@@ -58,7 +64,7 @@ def _(
 # ---- convolutions ----------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fxq::conv_fprop", mutates_args=())
+@custom_op("fxq::conv_fprop", mutates_args=())
 def conv_fprop(
     x: Tensor,
     weight: Tensor,
@@ -112,7 +118,7 @@ def _(
     return _CONV[len(stride)](one, kernel, bias, stride, padding, dilation, groups)
 
 
-@torch.library.custom_op("fxq::conv_bprop", mutates_args=())
+@custom_op("fxq::conv_bprop", mutates_args=())
 def conv_bprop(
     gradient: Tensor,
     weight: Tensor,
@@ -136,27 +142,12 @@ def conv_bprop(
         exponent: Of a unit of the product.
     """
     geometry = _geometry(stride, padding, dilation, groups)
-    if geometry is not None:
-        pair = (size[0], size[1])
-        return _summed(
-            gradient, weight, exponent, lambda a, b: input_gradient(a, b, pair, geometry)
-        )
-    exact = _whole(weight)
-    shape = (gradient.shape[1], weight.shape[2] * groups, *size)
-    found = torch.ops.aten.convolution_backward(
-        _whole(gradient),
-        exact.new_zeros(1).expand(shape),
-        exact,
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0] * len(stride),
-        groups,
-        [True, False, False],
-    )
-    return _rounded(found[0], exponent)
+    if geometry is None:
+        windows = (stride, padding, dilation, groups)
+        found = float_input_gradient(_whole(gradient), _whole(weight), size, windows)
+        return _rounded(found, exponent)
+    pair = (size[0], size[1])
+    return _summed(gradient, weight, exponent, lambda a, b: input_gradient(a, b, pair, geometry))
 
 
 @conv_bprop.register_fake
@@ -174,7 +165,7 @@ def _(
     return gradient.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("fxq::conv_wtgrad", mutates_args=())
+@custom_op("fxq::conv_wtgrad", mutates_args=())
 def conv_wtgrad(
     x: Tensor,
     gradient: Tensor,
@@ -198,26 +189,12 @@ def conv_wtgrad(
         exponent: Of a unit of the product.
     """
     geometry = _geometry(stride, padding, dilation, groups)
-    if geometry is not None:
-        taps = (kernel[0], kernel[1])
-        found = [weight_gradient(limb, gradient, taps, geometry) for limb in x]
-        return _sum_of(found, exponent)
-    exact = _whole(x)
-    shape = (gradient.shape[2], x.shape[2] // groups, *kernel)
-    result = torch.ops.aten.convolution_backward(
-        _whole(gradient),
-        exact,
-        exact.new_zeros(1).expand(shape),
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0] * len(stride),
-        groups,
-        [False, True, False],
-    )
-    return _rounded(result[1], exponent)
+    if geometry is None:
+        windows = (stride, padding, dilation, groups)
+        found = float_weight_gradient(_whole(x), _whole(gradient), kernel, windows)
+        return _rounded(found, exponent)
+    taps = (kernel[0], kernel[1])
+    return _sum_of([weight_gradient(limb, gradient, taps, geometry) for limb in x], exponent)
 
 
 @conv_wtgrad.register_fake
@@ -238,7 +215,7 @@ def _(
 # ---- matrices --------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fxq::matmul", mutates_args=())
+@custom_op("fxq::matmul", mutates_args=())
 def matmul(
     left: Tensor, right: Tensor, bias: Tensor | None, exponent: int, relu: bool = False
 ) -> Tensor:
@@ -292,7 +269,7 @@ def _batched_product(left: Tensor, right: Tensor) -> Tensor:
 # ---- biases ----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fxq::channel_sum", mutates_args=())
+@custom_op("fxq::channel_sum", mutates_args=())
 def bias_gradient(gradient: Tensor, mask: Tensor | None) -> Tensor:
     """``[channels]`` float32: the sum over all but dimension 1.
 
@@ -352,8 +329,7 @@ _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d
 
 def _whole(codes: Tensor) -> Tensor:
     """The numbers that limbs stand for, in float64: exact, and so are sums of their products."""
-    whole: Tensor = functools.reduce(lambda total, limb: total * 256 + limb, codes.double())
-    return whole
+    return from_limbs(codes.unbind()).double()
 
 
 def _rounded(whole: Tensor, exponent: int) -> Tensor:

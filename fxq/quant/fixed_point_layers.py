@@ -15,7 +15,6 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from fxq.errors import TrainingError
 from fxq.numerics.adaptive import FLOAT_BITS, AdaptationOptions
-from fxq.numerics.affine import short_scale
 from fxq.numerics.fixed_point import fixed_point, fixed_point_codes, resolution_exponent
 from fxq.numerics.levels import CODE_LIMIT
 from fxq.quant.controller import Controller
@@ -27,8 +26,8 @@ from fxq.quant.fixed_point_products import (
     FixedPointTransposed,
     Windows,
 )
-from fxq.quant.normalized import affine_of, set_weights
-from fxq.quant.quantizers import QuantizedLayer, channel_view, output_channels
+from fxq.quant.normalized import quantized
+from fxq.quant.quantizers import output_channels
 from fxq.quant.uncompiled import uncompiled
 
 
@@ -185,16 +184,8 @@ class FixedPointLayer(FixedPointModule):
         exact = weight.detach().float()
         exponent, bits = self._deployed_grid(exact)
         codes = fixed_point_codes(exact, exponent, bits).clamp(-CODE_LIMIT, CODE_LIMIT)
-        gamma, shift = self._affine()
-        own: Any = self.layer.bias
-        bias = torch.zeros_like(shift) if own is None else own.detach().double()
-        layer = copy.deepcopy(self.layer)
-        view = channel_view(self.layer, gamma)
-        set_weights(layer, exact.double() * view, gamma * bias + shift)
-        signs = channel_view(self.layer, torch.where(gamma < 0, -1, 1))
-        scale = short_scale(gamma.abs() * 2.0**exponent)
-        widths = torch.full_like(self.bits, bits)
-        return QuantizedLayer(layer, (codes * signs).to(torch.int8), scale, widths)
+        scale, widths = torch.tensor(2.0**exponent), torch.full_like(self.bits, bits)
+        return quantized(self.layer, self.norm, exact, codes, scale, widths)
 
     def _deployed_grid(self, weight: Tensor) -> tuple[int, int]:
         known = self.weights.adaptation()
@@ -210,12 +201,6 @@ class FixedPointLayer(FixedPointModule):
             exact = layer.weight.detach()
             layer.weight = nn.Parameter(fixed_point(exact, known.exponent, known.bits))
         return layer if self.norm is None else nn.Sequential(layer, copy.deepcopy(self.norm))
-
-    def _affine(self) -> tuple[Tensor, Tensor]:
-        if self.norm is not None:
-            return affine_of(self.norm)
-        ones = torch.ones(output_channels(self.layer), dtype=torch.float64)
-        return ones, torch.zeros_like(ones)
 
 
 class FusedRelu(nn.Module):

@@ -9,6 +9,7 @@ Paper: Zhang et al., "Fixed-Point Back-Propagation Training", CVPR 2020, section
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from fxq.errors import TrainingError
 from fxq.numerics.adaptive import FLOAT_BITS
+from fxq.numerics.fixed_point import from_limbs
 from fxq.products import operators
+from fxq.products.gradients import float_input_gradient, float_weight_gradient
 from fxq.quant.controller import Controller
 
 
@@ -70,10 +73,8 @@ class Operand:
         """``[...]`` float32: the numbers the codes stand for."""
         if self.exponent is None:
             return self.tensor
-        total = self.tensor[0].double()
-        for limb in self.tensor[1:]:
-            total = total * 256 + limb
-        return (total * 2.0**self.exponent).float()
+        codes = from_limbs(self.tensor.unbind())
+        return (codes.double() * 2.0**self.exponent).float()
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class Windows:
         """As operators take them."""
         return self.stride, self.padding, self.dilation, self.groups
 
+    def sizes(self, operand: Operand) -> list[int]:
+        """Those of an operand's spatial axes."""
+        return list(operand.tensor.shape[-len(self.stride) :])
+
 
 def conv_forward(
     x: Operand, weight: Operand, bias: Tensor | None, windows: Windows, *, relu: bool = False
@@ -117,9 +122,7 @@ def conv_forward(
 def conv_input(gradient: Operand, weight: Operand, size: list[int], windows: Windows) -> Tensor:
     """What a convolution's input gets; ``size`` is its spatial size."""
     if gradient.exponent is None or weight.exponent is None:
-        kernel, flow = weight.value(), gradient.value()
-        shape = (len(flow), kernel.shape[1] * windows.groups, *size)
-        return _float_backward(flow, flow.new_zeros(1).expand(shape), kernel, windows, 0)
+        return float_input_gradient(gradient.value(), weight.value(), size, windows.arguments())
     exponent = gradient.exponent + weight.exponent
     result: Tensor = operators.conv_bprop(
         gradient.tensor, weight.tensor, size, *windows.arguments(), exponent
@@ -130,26 +133,11 @@ def conv_input(gradient: Operand, weight: Operand, size: list[int], windows: Win
 def conv_weight(x: Operand, gradient: Operand, kernel: list[int], windows: Windows) -> Tensor:
     """What a convolution's weights get; ``kernel`` is their spatial size."""
     if x.exponent is None or gradient.exponent is None:
-        source, flow = x.value(), gradient.value()
-        shape = (flow.shape[1], source.shape[1] // windows.groups, *kernel)
-        return _float_backward(flow, source, source.new_zeros(1).expand(shape), windows, 1)
+        return float_weight_gradient(x.value(), gradient.value(), kernel, windows.arguments())
     exponent = x.exponent + gradient.exponent
     result: Tensor = operators.conv_wtgrad(
         x.tensor, gradient.tensor, kernel, *windows.arguments(), exponent
     )
-    return result
-
-
-def _float_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, windows: Windows, which: int
-) -> Tensor:
-    mask = [which == 0, which == 1, False]
-    axes = len(windows.stride)
-    arguments = (windows.stride, windows.padding, windows.dilation, False, [0] * axes)
-    found = torch.ops.aten.convolution_backward(
-        gradient, x, weight, None, *arguments, windows.groups, mask
-    )
-    result: Tensor = found[which]
     return result
 
 
@@ -170,14 +158,43 @@ def _swapped(operand: Operand) -> Operand:
     return Operand(operand.tensor.transpose(-1, -2), operand.exponent)
 
 
-def _keep(ctx: Any, *operands: Operand, mask: Tensor | None = None) -> None:
-    ctx.save_for_backward(*(operand.tensor for operand in operands), mask)
-    ctx.exponents = [operand.exponent for operand in operands]
+# ---- training --------------------------------------------------------------------------------
+
+Gradient = Callable[[Operand, Operand, Operand], Tensor]
+"""(gradients, inputs, weights) -> what the inputs or the weights get."""
 
 
-def _restored(ctx: Any) -> tuple[Operand, Operand, Tensor | None]:
-    one, other, mask = ctx.saved_tensors
-    return Operand(one, ctx.exponents[0]), Operand(other, ctx.exponents[1]), mask
+def _operands(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor,
+    controllers: Controllers,
+    windows: Windows | None = None,
+    what: str = "weights",
+) -> tuple[Operand, Operand]:
+    """Inputs and weights, rounded; over windows they are images."""
+    kernel = Operand.of(weight, controllers.weights, what)
+    source = Operand.of(x, controllers.values, "inputs", is_image=windows is not None)
+    ctx.exponents = source.exponent, kernel.exponent
+    ctx.controller, ctx.windows = controllers.gradients, windows
+    return source, kernel
+
+
+def _gradients(
+    ctx: Any, gradient: Tensor, to_input: Gradient, to_weight: Gradient
+) -> tuple[Tensor | None, ...]:
+    """What input, weights and bias get, as far as asked for; None for all other arguments."""
+    *operands, mask = ctx.saved_tensors
+    source, kernel = map(Operand, operands, ctx.exponents)
+    is_image = ctx.windows is not None
+    flow = Operand.of(gradient, ctx.controller, "gradients", mask, is_image=is_image)
+    wants_input, wants_weight, wants_bias, *others = ctx.needs_input_grad
+    return (
+        to_input(flow, source, kernel) if wants_input else None,
+        to_weight(flow, source, kernel) if wants_weight else None,
+        operators.bias_gradient(gradient, mask) if wants_bias else None,
+        *(None for _ in others),
+    )
 
 
 class FixedPointConvolution(torch.autograd.Function):
@@ -194,30 +211,21 @@ class FixedPointConvolution(torch.autograd.Function):
         relu: bool,
     ) -> Tensor:
         """``[N, out, …]``."""
-        kernel = Operand.of(weight, controllers.weights, "weights")
-        source = Operand.of(x, controllers.values, "inputs", is_image=True)
+        source, kernel = _operands(ctx, x, weight, controllers, windows)
         result = conv_forward(source, kernel, bias, windows, relu=relu)
-        _keep(ctx, source, kernel, mask=result if relu else None)
-        ctx.windows, ctx.controllers = windows, controllers
+        ctx.save_for_backward(source.tensor, kernel.tensor, result if relu else None)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of the input, the weights and the bias."""
-        source, kernel, mask = _restored(ctx)
-        own = ctx.controllers.gradients
-        flow = Operand.of(gradient, own, "gradients", mask, is_image=True)
-        size = list(source.tensor.shape[-len(ctx.windows.stride) :])
-        taps = list(kernel.tensor.shape[-len(ctx.windows.stride) :])
-        wants_input, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        return (
-            conv_input(flow, kernel, size, ctx.windows) if wants_input else None,
-            conv_weight(source, flow, taps, ctx.windows) if wants_weight else None,
-            operators.bias_gradient(gradient, mask) if wants_bias else None,
-            None,
-            None,
-            None,
+        windows: Windows = ctx.windows
+        return _gradients(
+            ctx,
+            gradient,
+            lambda flow, x, weight: conv_input(flow, weight, windows.sizes(x), windows),
+            lambda flow, x, weight: conv_weight(x, flow, windows.sizes(weight), windows),
         )
 
 
@@ -235,10 +243,8 @@ class FixedPointTransposed(torch.autograd.Function):
         controllers: Controllers,
     ) -> Tensor:
         """``[N, out, *size]``; ``weight: [in, out/groups, …]``."""
-        kernel = Operand.of(weight, controllers.weights, "weights")
-        source = Operand.of(x, controllers.values, "inputs", is_image=True)
-        _keep(ctx, source, kernel)
-        ctx.windows, ctx.controllers = windows, controllers
+        source, kernel = _operands(ctx, x, weight, controllers, windows)
+        ctx.save_for_backward(source.tensor, kernel.tensor, None)
         found = conv_input(source, kernel, size, windows)
         return found if bias is None else found.add_(bias.view(-1, *(1 for _ in size)))
 
@@ -246,17 +252,12 @@ class FixedPointTransposed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of the input, the weights and the bias."""
-        source, kernel, _ = _restored(ctx)
-        flow = Operand.of(gradient, ctx.controllers.gradients, "gradients", is_image=True)
-        taps = list(kernel.tensor.shape[-len(ctx.windows.stride) :])
-        wants_input, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        return (
-            conv_forward(flow, kernel, None, ctx.windows) if wants_input else None,
-            conv_weight(flow, source, taps, ctx.windows) if wants_weight else None,
-            operators.bias_gradient(gradient, None) if wants_bias else None,
-            None,
-            None,
-            None,
+        windows: Windows = ctx.windows
+        return _gradients(
+            ctx,
+            gradient,
+            lambda flow, _, weight: conv_forward(flow, weight, None, windows),
+            lambda flow, x, weight: conv_weight(flow, x, windows.sizes(weight), windows),
         )
 
 
@@ -273,26 +274,20 @@ class FixedPointLinear(torch.autograd.Function):
         relu: bool,
     ) -> Tensor:
         """``[rows, out]``."""
-        kernel = Operand.of(weight, controllers.weights, "weights")
-        source = Operand.of(x, controllers.values, "inputs")
+        source, kernel = _operands(ctx, x, weight, controllers)
         result = matrices(source, _swapped(kernel), bias, relu=relu)
-        _keep(ctx, source, kernel, mask=result if relu else None)
-        ctx.controllers = controllers
+        ctx.save_for_backward(source.tensor, kernel.tensor, result if relu else None)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of the input, the weights and the bias."""
-        source, kernel, mask = _restored(ctx)
-        flow = Operand.of(gradient, ctx.controllers.gradients, "gradients", mask)
-        wants_input, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        return (
-            matrices(flow, kernel) if wants_input else None,
-            matrices(_swapped(flow), source) if wants_weight else None,
-            operators.bias_gradient(gradient, mask) if wants_bias else None,
-            None,
-            None,
+        return _gradients(
+            ctx,
+            gradient,
+            lambda flow, _, weight: matrices(flow, weight),
+            lambda flow, x, _: matrices(_swapped(flow), x),
         )
 
 
@@ -302,21 +297,17 @@ class FixedPointMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor, controllers: Controllers) -> Tensor:
         """``[…, m, n]``; the controller of weights is that of the right operand."""
-        one = Operand.of(left, controllers.values, "inputs")
-        other = Operand.of(right, controllers.weights, "inputs")
-        _keep(ctx, one, other)
-        ctx.controllers = controllers
+        one, other = _operands(ctx, left, right, controllers, what="inputs")
+        ctx.save_for_backward(one.tensor, other.tensor, None)
         return matrices(one, other)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of both operands."""
-        one, other, _ = _restored(ctx)
-        flow = Operand.of(gradient, ctx.controllers.gradients, "gradients")
-        wants_left, wants_right, _ = ctx.needs_input_grad
-        return (
-            matrices(flow, _swapped(other)) if wants_left else None,
-            matrices(_swapped(one), flow) if wants_right else None,
-            None,
+        return _gradients(
+            ctx,
+            gradient,
+            lambda flow, _, right: matrices(flow, _swapped(right)),
+            lambda flow, left, _: matrices(_swapped(left), flow),
         )

@@ -10,7 +10,6 @@ Paper: Li, Dong, Wang, "Additive Powers-of-Two Quantization", ICLR 2020, arXiv:1
 
 from __future__ import annotations
 
-import copy
 from enum import StrEnum
 from typing import Any
 
@@ -19,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxq.errors import SpecError
-from fxq.numerics.affine import short_scale
 from fxq.numerics.learned_clip import LEAST_STD, ClipGradient, normalized_weight, project
 from fxq.numerics.levels import CODE_LIMIT, level_table
 from fxq.quant.learned_values import LEAST_CLIP
-from fxq.quant.normalized import affine_of, set_weights
+from fxq.quant.normalized import quantized
 from fxq.quant.quantizers import QuantizedLayer, channel_view, output_channels, rows
 
 
@@ -240,18 +238,5 @@ class LearnedLayer(nn.Module):
                 f"a weight is {int(codes.abs().max())} steps large, and int8 holds {CODE_LIMIT}",
                 hint="set placement = integer on quantize-apot",
             )
-        gamma, shift = self._affine()
-        own: Any = self.layer.bias
-        bias = torch.zeros_like(shift) if own is None else own.detach().double()
-        exact = self.weights.effective(self.layer).double() * channel_view(self.layer, gamma)
-        layer = copy.deepcopy(self.layer)
-        set_weights(layer, exact, gamma * bias + shift)
-        codes = codes * channel_view(self.layer, torch.where(gamma < 0, -1.0, 1.0))
-        scale = short_scale(scale.double() * gamma.abs())
-        return QuantizedLayer(layer, codes.to(torch.int8), scale, bits)
-
-    def _affine(self) -> tuple[Tensor, Tensor]:
-        if self.norm is not None:
-            return affine_of(self.norm)
-        ones = torch.ones(output_channels(self.layer), dtype=torch.float64)
-        return ones, torch.zeros_like(ones)
+        exact = self.weights.effective(self.layer)
+        return quantized(self.layer, self.norm, exact, codes, scale, bits)

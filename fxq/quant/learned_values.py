@@ -95,7 +95,44 @@ class LearnedLevels(nn.Module):
         return self.describe()
 
 
-class MovingRange(nn.Module):
+class _Range(nn.Module):
+    """A range, and how it follows the batches."""
+
+    fxq_kind = "quantizer"
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: float, high: float, bits: int, momentum: float) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.tensor(float(low)))
+        self.register_buffer("high", torch.tensor(float(high)))
+        self.bits = bits
+        self.momentum = momentum
+
+    def _move(self, x: Tensor, momentum: float) -> None:
+        low, high = _extremes(x)
+        self.low.lerp_(low, 1 - momentum)
+        self.high.lerp_(high, 1 - momentum)
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """``[]`` twice: where the range starts and ends when it is deployed."""
+        return self.low, self.high
+
+    def frozen(self) -> ActivationQuantizer:
+        """The quantizer with the range of now."""
+        scale, zero_point = grid_from_range(*self.ends(), self.bits)
+        return ActivationQuantizer(scale.float(), zero_point, self.bits)
+
+    def describe(self) -> str:
+        """Bits and range, for listings."""
+        return f"{self.bits}-bit range {float(self.low):.4g}..{float(self.high):.4g}"
+
+    def extra_repr(self) -> str:
+        """Shown in the module's repr."""
+        return self.describe()
+
+
+class MovingRange(_Range):
     """Rounds its input to 8 bits, or so, over a range that follows the batches in training.
 
     Args:
@@ -109,16 +146,8 @@ class MovingRange(nn.Module):
         high: ``[]``.
     """
 
-    fxq_kind = "quantizer"
-    low: Tensor
-    high: Tensor
-
     def __init__(self, low: float, high: float, bits: int, momentum: float = 0.99) -> None:
-        super().__init__()
-        self.register_buffer("low", torch.tensor(float(low)))
-        self.register_buffer("high", torch.tensor(float(high)))
-        self.bits = bits
-        self.momentum = momentum
+        super().__init__(low, high, bits, momentum)
         self._watching = False
 
     @contextlib.contextmanager
@@ -137,7 +166,7 @@ class MovingRange(nn.Module):
         if self._watching:
             return self._seen(x)
         if self.training:
-            self._follow(x.detach())
+            self._move(x.detach(), self.momentum)
         top = 2**self.bits - 1
         low, high = self.low.clamp(max=0), self.high.clamp(min=0)
         scale = ((high - low) / top).clamp(min=MIN_SCALE)
@@ -150,29 +179,11 @@ class MovingRange(nn.Module):
         )
         return result
 
-    def _follow(self, x: Tensor) -> None:
-        low, high = _extremes(x)
-        self.low.lerp_(low, 1 - self.momentum)
-        self.high.lerp_(high, 1 - self.momentum)
-
     def _seen(self, x: Tensor) -> Tensor:
         low, high = _extremes(x.detach())
         self.low.copy_(torch.minimum(self.low, low))
         self.high.copy_(torch.maximum(self.high, high))
         return x
-
-    def frozen(self) -> ActivationQuantizer:
-        """The quantizer with the range of now."""
-        scale, zero_point = grid_from_range(self.low, self.high, self.bits)
-        return ActivationQuantizer(scale.float(), zero_point, self.bits)
-
-    def describe(self) -> str:
-        """Bits and range, for listings."""
-        return f"{self.bits}-bit range {float(self.low):.4g}..{float(self.high):.4g}"
-
-    def extra_repr(self) -> str:
-        """Shown in the module's repr."""
-        return self.describe()
 
 
 class _OnGrid(torch.autograd.Function):
@@ -192,7 +203,7 @@ class _OnGrid(torch.autograd.Function):
         return gradient * inside, None, None, None
 
 
-class FollowedRange(nn.Module):
+class FollowedRange(_Range):
     """The identity, which remembers in training what range its input has; rounded when deployed.
 
     The first 16 batches and then one in eight moves the range; the very first one sets it.
@@ -209,22 +220,15 @@ class FollowedRange(nn.Module):
         batches: ``[]`` int64; how many were seen in training.
     """
 
-    fxq_kind = "quantizer"
-    low: Tensor
-    high: Tensor
     batches: Tensor
 
     def __init__(
         self, bits: int, *, nonneg: bool, upper: float | None = None, momentum: float = 0.9
     ) -> None:
-        super().__init__()
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
+        super().__init__(0.0, 0.0, bits, momentum)
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-        self.bits = bits
         self.nonneg = nonneg
         self.upper = upper
-        self.momentum = momentum
 
     def forward(self, x: Tensor) -> Tensor:
         """The very same tensor, ``x: [...]``."""
@@ -238,25 +242,14 @@ class FollowedRange(nn.Module):
         self.batches += 1
         if seen >= 16 and seen % 8:
             return
-        low, high = _extremes(x.permute(0, 2, 3, 1) if x.dim() == 4 else x)  # as memory lies
-        momentum = min(self.momentum, seen / (seen + 1))
-        self.low.lerp_(low, 1 - momentum)
-        self.high.lerp_(high, 1 - momentum)
+        ordered = x.permute(0, 2, 3, 1) if x.dim() == 4 else x  # as memory lies
+        self._move(ordered, min(self.momentum, seen / (seen + 1)))
 
-    def frozen(self) -> ActivationQuantizer:
-        """The quantizer with the range of now."""
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The range of now, within what is known of the values."""
         low = torch.zeros_like(self.low) if self.nonneg else self.low
         high = self.high if self.upper is None else self.high.clamp(max=self.upper)
-        scale, zero_point = grid_from_range(low, torch.maximum(low, high), self.bits)
-        return ActivationQuantizer(scale.float(), zero_point, self.bits)
-
-    def describe(self) -> str:
-        """Bits and range, for listings."""
-        return f"{self.bits}-bit range {float(self.low):.4g}..{float(self.high):.4g}"
-
-    def extra_repr(self) -> str:
-        """Shown in the module's repr."""
-        return self.describe()
+        return low, torch.maximum(low, high)
 
 
 def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxq.quant.quantizers import channel_view
+from fxq.numerics.affine import short_scale
+from fxq.quant.quantizers import QuantizedLayer, channel_view, output_channels
 
 
 class NormalizedLayer(nn.Module):
@@ -43,10 +44,9 @@ class NormalizedLayer(nn.Module):
 
     def frozen(self) -> nn.Module:
         """The layer with the norm folded in, as eval mode computes."""
-        layer: Any = copy.deepcopy(self.layer)
-        weight, bias = folded(self.layer, self.norm)
-        set_weights(layer, weight, bias)
-        return layer  # type: ignore[no-any-return]
+        layer = copy.deepcopy(self.layer)
+        set_weights(layer, *folded(self.layer, self.norm))
+        return layer
 
 
 def affine_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,10 +70,44 @@ def gamma_and_beta(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 def folded(layer: nn.Module, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight of the layer's shape and bias ``[out]``, float64, with a batch norm behind it."""
     module: Any = layer
-    scale, shift = affine_of(norm)
-    bias = torch.zeros_like(shift) if module.bias is None else module.bias.detach().double()
-    weight = module.weight.detach().double() * channel_view(layer, scale)
-    return weight, scale * bias + shift
+    return _mapped(layer, module.weight.detach(), *affine_of(norm))
+
+
+def quantized(
+    layer: nn.Module,
+    norm: nn.Module | None,
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bits: torch.Tensor,
+) -> QuantizedLayer:
+    """A layer with integer weights, a batch norm behind it folded into their scales and signs.
+
+    Args:
+        layer: The float layer.
+        norm: The batch norm, where there is one.
+        weight: What is rounded, of the layer's shape.
+        codes: ``weight / scale``, rounded; up to 127.
+        scale: ``[]`` or ``[out]``.
+        bits: ``[out]``; bits per weight.
+    """
+    ones = weight.new_ones(output_channels(layer), dtype=torch.float64)
+    gamma, shift = (ones, torch.zeros_like(ones)) if norm is None else affine_of(norm)
+    exact = copy.deepcopy(layer)
+    set_weights(exact, *_mapped(layer, weight, gamma, shift))
+    signed = codes * channel_view(layer, torch.where(gamma < 0, -1, 1))
+    return QuantizedLayer(
+        exact, signed.to(torch.int8), short_scale(scale.double() * gamma.abs()), bits
+    )
+
+
+def _mapped(
+    layer: nn.Module, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias, float64, of a layer with an affine map behind it."""
+    own: Any = layer.bias
+    bias = torch.zeros_like(shift) if own is None else own.detach().double()
+    return weight.double() * channel_view(layer, scale), scale * bias + shift
 
 
 def set_weights(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> None:

@@ -21,11 +21,9 @@ from fxq.errors import CaptureError
 from fxq.graph.ops import target_name
 from fxq.quant.controller import Controller
 from fxq.quant.learned_values import FollowedRange
-from fxq.trail.snapshot import NodeRecord, Snapshot
+from fxq.trail.snapshot import NodeRecord, Snapshot, value_text
 
 GRADIENT = "output_gradient"
-
-_SHORT = {torch.float32: "f32", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
 
 _ROLES = {
     "fxq.conv_fprop": "fprop",
@@ -118,13 +116,8 @@ def _record(node: fx.Node) -> NodeRecord:
         op={"placeholder": "Input", "output": "Output"}.get(node.op, _operator(node)),
         inputs=tuple(other.name for other in node.all_input_nodes),
         arguments=_arguments(node),
-        value=_shape(value) if isinstance(value, Tensor) else "",
+        value=value_text(value.dtype, value.shape) if isinstance(value, Tensor) else "",
     )
-
-
-def _shape(value: Tensor) -> str:
-    kind = _SHORT.get(value.dtype, str(value.dtype).removeprefix("torch."))
-    return f"{kind}[{','.join(str(size) for size in value.shape)}]"
 
 
 def _operator(node: fx.Node) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -142,12 +143,17 @@ _SHORT = {
 }
 
 
+def value_text(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    """Dtype and shape of a value: ``f32[1,64,56,56]``."""
+    kind = _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+    return f"{kind}[{','.join(str(size) for size in shape)}]"
+
+
 def _record(program: Program, node: fx.Node) -> NodeRecord:
     known = facts(node)
     value = ""
     if known.shape is not None and known.dtype is not None:
-        dtype = _SHORT.get(known.dtype, str(known.dtype).removeprefix("torch."))
-        value = f"{dtype}[{','.join(str(size) for size in known.shape)}]"
+        value = value_text(known.dtype, known.shape)
     module = program.submodule(node)
     return NodeRecord(
         name=node.name,

@@ -12,7 +12,6 @@ import copy
 import csv
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +75,12 @@ def _one(asked: argparse.Namespace, seed: int, name: str) -> dict[str, Any]:
     if name != FLOAT:
         module = fxq.compile(network, entry.example(), name).module
     options = TrainingOptions(**{"seed": seed, **_options(asked.option)})
-    start = time.perf_counter()
     watch = Watch(on_epoch=lambda row: print(name, seed, _line(row), flush=True))
 
     def measured(own: nn.Module) -> float:
         return evaluate_top1(own, test, limit=1024).top1
 
     training = fit(module, train, options, folder=folder, watch=watch, evaluate=measured)
-    seconds = (
-        sum(float(row["seconds"] or 0) for row in training.rows) or time.perf_counter() - start
-    )
     result = {
         "network": asked.network,
         "seed": seed,
@@ -93,7 +88,7 @@ def _one(asked: argparse.Namespace, seed: int, name: str) -> dict[str, Any]:
         "trained": _score(module, test, exact=False),
         "lowered": _score(module, test, exact=True),
         "loss": training.rows[-1]["train_loss"],
-        "seconds": seconds,
+        "seconds": sum(row["seconds"] or 0 for row in training.rows),
         "widths": json.dumps(last_widths(module)),
         "adjusted": training.rows[-1].get("adjusted", ""),
     }

@@ -107,12 +107,8 @@ def _bf16_step(module: nn.Module, images: Tensor, labels: Tensor) -> Step:
 
 
 def _widths(module: nn.Module) -> str:
-    layers = [m for m in module.modules() if isinstance(m, FixedPointModule)]
-    return ", ".join(f"{count} {what}" for what, count in Counter(map(_width, layers)).items())
-
-
-def _width(layer: FixedPointModule) -> str:
-    return layer.describe()
+    found = Counter(m.describe() for m in module.modules() if isinstance(m, FixedPointModule))
+    return ", ".join(f"{count} {what}" for what, count in found.items())
 
 
 def _tell(network: str, batch: int, seconds: dict[str, list[float]]) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.library import opcheck
 
 from fxq.numerics.fixed_point import largest_code, limbs, smallest_code
 from fxq.products import operators
@@ -91,8 +92,8 @@ def test_bias_and_relu(dims: int) -> None:
 def test_the_fake_kernel_agrees() -> None:
     left, right = operand(codes((2, 3, 12), 24), 24), operand(codes((2, 12, 6), 8), 8)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(operators.matmul, (left, right, None, -4), test_utils=checks)
-    torch.library.opcheck(operators.quantize, (torch.randn(4, 5), 16, -9), test_utils=checks)
+    opcheck(operators.matmul, (left, right, None, -4), test_utils=checks)
+    opcheck(operators.quantize, (torch.randn(4, 5), 16, -9), test_utils=checks)
 
 
 # ---- one kernel, any strides -----------------------------------------------------------------
