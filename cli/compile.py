@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxq.errors import ArtifactError, RecipeError
+from fxq.errors import ArtifactError, CaptureError, RecipeError
 from fxq.zoo_entry import Normalization
 
 from .options import Engine, Flavor, Print, default_folder
@@ -70,7 +70,7 @@ def run(job: Job, on_step: Callable[[Step], None] | None = None) -> None:
         job: What was asked for.
         on_step: Called after every pass.
     """
-    from . import failure, unfinished
+    from . import compile_parts, failure, unfinished
     from .show_compile import Reporter, coverage_warning, simulation_warning
 
     plan = prepared(job)
@@ -79,8 +79,12 @@ def run(job: Job, on_step: Callable[[Step], None] | None = None) -> None:
     with unfinished.kept(plan.unfinished, fresh=job.fresh):
         with Reporter(job.printing, on_step) as reporter:
             before = measured(plan, plan.subject.model.module, reporter)
-            with failure.reproducible(job, plan.recipe, plan.folder, reporter):
-                result, raised = _compiled(job, plan, reporter)
+            try:
+                with failure.reproducible(job, plan.recipe, plan.folder, reporter):
+                    result, raised = _compiled(job, plan, reporter)
+            except CaptureError as whole:
+                compile_parts.run(job, plan, whole, before, reporter)
+                return
             after = measured(plan, result.module, reporter)
         result.artifact.metadata.update(metadata_of(job, plan, before, after))
         if raised is not None:
@@ -154,7 +158,7 @@ def check_output(folder: Path, *, force: bool) -> None:
     Raises:
         ArtifactError: It cannot, or would overwrite something.
     """
-    from fxq.artifact import check_writable
+    from fxq.run_folder import check_writable
 
     here = Path.cwd()
     if folder.resolve() in (here, *here.parents):
@@ -345,7 +349,7 @@ def _summarize(
     ]
     rows += show_compile.placement_rows(result.journal)
     rows += raised.rows if raised is not None else []
-    rows += _score_rows(plan.evaluation, before, after)
+    rows += score_rows(plan.evaluation, before, after)
     disk = show.size_text(folder_bytes(plan.folder))
     rows.append(("time", f"{result.seconds:.1f} s to compile; {disk} on disk"))
     run = str(plan.folder)
@@ -370,9 +374,10 @@ def coverage_text(ledger: Any) -> str:
     return f"{inside} of {len(layers)} layers on integers; nodes: {places}"
 
 
-def _score_rows(
+def score_rows(
     evaluation: Evaluation | None, before: Score | None, after: Score | None
 ) -> list[tuple[str, str]]:
+    """What was measured before and after."""
     from .score import difference
 
     if evaluation is None or before is None or after is None:

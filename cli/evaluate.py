@@ -10,6 +10,8 @@ from fxq.errors import ArtifactError, DataError
 from .options import Engine
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fxq.zoo_entry import Normalization
 
     from .load import Subject
@@ -24,21 +26,76 @@ def run(
     batch_size: int,
     engine: Engine | None,
     normalization: Normalization | None,
+    model: str | None = None,
 ) -> None:
-    """The accuracy of a run is measured and printed."""
-    from fxq.artifact import load
+    """The accuracy of a run is measured and printed.
+
+    Args:
+        name: The run folder.
+        data: What to measure on.
+        limit: Only the first so many images.
+        batch_size: Images at a time.
+        engine: Run on this engine rather than the one it was compiled for.
+        normalization: How pixels become its input, where the run does not say.
+        model: The network, where the run holds parts of it.
+    """
+    from fxq.run_folder import holds_parts
 
     from .show_compile import Meter, score
+
+    chosen = engine.value if engine else None
+    if holds_parts(Path(name)):
+        module, about = _parts(Path(name), model or _model_file(data), chosen)
+    else:
+        module, about = _whole(name, chosen)
+    evaluation = _evaluation(about, data or _model_file(model), limit, batch_size, normalization)
+    with Meter() as meter:
+        measured = evaluation.measure(module, meter)
+    score(evaluation.source, str(measured))
+
+
+def _whole(name: str, engine: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The module of a run, and what the run says of its network."""
+    from fxq.artifact import load
+
     from .trail import run_folder
 
-    artifact = load(run_folder(name), engine.value if engine else None)
-    about = artifact.metadata.get("model", {})
+    artifact = load(run_folder(name), engine)
+    return artifact.module, _about(artifact.metadata, name)
+
+
+def _parts(folder: Path, spec: str | None, engine: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The network put together with its compiled parts; code of the user's runs if named only."""
+    from fxq.parts.folder import load_parts
+    from fxq.run_folder import json_object
+
+    from .load import load_subject
+
+    about = _about(json_object(folder / "metadata.json"), str(folder))
+    known = str(about.get("spec", ""))
+    is_ours = bool(known) and ".py" not in known and ":" not in known
+    chosen = spec or (known if is_ours else None)
+    if chosen is None:
+        raise ArtifactError(
+            "this run holds parts of a model, whose code goes with them",
+            where=str(folder),
+            hint=f"pass --model {known}, if that is the file you compiled",
+        )
+    weights = Path(str(about.get("weights", "")))
+    subject = load_subject(chosen, weights=weights if weights.is_file() else None)
+    return load_parts(folder, subject.model.module, engine=engine), about
+
+
+def _about(metadata: dict[str, Any], name: str) -> dict[str, Any]:
+    about = metadata.get("model", {})
     if not isinstance(about, dict):
         raise ArtifactError("its metadata is damaged", where=name, hint="compile again")
-    evaluation = _evaluation(about, data, limit, batch_size, normalization)
-    with Meter() as meter:
-        measured = evaluation.measure(artifact.module, meter)
-    score(evaluation.source, str(measured))
+    return about
+
+
+def _model_file(data: str | None) -> str | None:
+    """The model file among what can be measured on."""
+    return data if data is not None and data.partition(":")[0].endswith(".py") else None
 
 
 def _evaluation(
@@ -72,8 +129,8 @@ def subject_of(
         normalization: How pixels become its input, where the run does not say.
     """
     chosen = data or about.get("data") or None
-    if chosen is not None and chosen.partition(":")[0].endswith(".py"):
-        return _from_model_file(chosen), None
+    if _model_file(chosen) is not None:
+        return _from_model_file(str(chosen)), None
     subject = _described(about, normalization)
     return subject, None if chosen == subject.builtin else chosen
 

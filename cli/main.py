@@ -209,6 +209,12 @@ def eval_command(
         int | None,
         typer.Option("--limit", min=1, show_default=False, help="Only the first so many images"),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="MODEL", help="The network that only parts of were compiled"
+        ),
+    ] = None,
     batch_size: opt.BatchSize = 64,
     engine: opt.EngineOption = None,
     mean: opt.Mean = None,
@@ -227,6 +233,7 @@ def eval_command(
         batch_size=batch_size,
         engine=engine,
         normalization=opt.normalization(mean, std),
+        model=model,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxq.errors import ArtifactError, UnknownNameError, nearest_hint
+from fxq.run_folder import holds_parts
 
 if TYPE_CHECKING:
     from fxq.graph.program import Program
@@ -38,12 +39,14 @@ def run_folder(name: str) -> Path:
     if is_run(name):
         return Path(name)
     here = sorted(str(path.parent) for path in Path("runs").glob("*/journal.json"))
-    inside = sorted(str(path.parent) for path in Path(name).glob("*/journal.json"))
+    inside = sorted(str(path.parent) for path in Path(name).glob("**/journal.json"))
     hint = (
         nearest_hint(name, inside or here)
         if inside or here
         else ("fxq compile writes one, and says its name when it is done")
     )
+    if holds_parts(Path(name)):
+        hint = f"it holds parts of a model, each a run: {', '.join(inside[:3])}"
     what = "this folder is no run" if Path(name).is_dir() else "there is no such run folder"
     raise ArtifactError(what, where=name, hint=hint)
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from fxq.errors import FxqError
     from fxq.graph.capture import capture
     from fxq.graph.program import Program
+    from fxq.parts.compilation import PartialResult, compile_parts
+    from fxq.parts.folder import load_parts
+    from fxq.parts.survey import find_parts
     from fxq.pipeline import Pass, Pipeline
     from fxq.recipe import Recipe
     from fxq.trail.journal import Journal
@@ -33,6 +36,10 @@ _HOMES = {
     "FxqError": "fxq.errors",
     "capture": "fxq.graph.capture",
     "Program": "fxq.graph.program",
+    "PartialResult": "fxq.parts.compilation",
+    "compile_parts": "fxq.parts.compilation",
+    "load_parts": "fxq.parts.folder",
+    "find_parts": "fxq.parts.survey",
     "Pass": "fxq.pipeline",
     "Pipeline": "fxq.pipeline",
     "Recipe": "fxq.recipe",
@@ -44,6 +51,7 @@ __all__ = [
     "Artifact",
     "FxqError",
     "Journal",
+    "PartialResult",
     "Pass",
     "Pipeline",
     "Program",
@@ -53,7 +61,10 @@ __all__ = [
     "attribute",
     "capture",
     "compile",
+    "compile_parts",
+    "find_parts",
     "load",
+    "load_parts",
     "lower",
     "plot",
     "report",

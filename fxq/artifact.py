@@ -8,11 +8,8 @@ runs none.
 
 from __future__ import annotations
 
-import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +24,18 @@ from fxq.integer.ledger import Ledger
 from fxq.integer.program import IntegerProgram
 from fxq.notebook import artifact_html
 from fxq.registry import find_backend
+from fxq.run_folder import (
+    FILES,
+    check_writable,
+    holds_parts,
+    is_file,
+    json_object,
+    read_json,
+    read_text,
+    replacing,
+    write_json,
+)
 from fxq.trail.journal import Journal
-
-FILES = ("weights.safetensors", "structure.json", "ledger.json", "metadata.json")
 
 _TEXTS = (*FILES[1:], "recipe.toml", "journal.json", "values.json")
 
@@ -114,7 +120,7 @@ class Artifact:
         check_writable(target, force=force)
         if target.is_symlink():
             target = target.resolve()
-        with _replacing(target) as folder:
+        with replacing(target) as folder:
             self._write(folder)
             for name, source in (attached or {}).items():
                 shutil.copytree(source, folder / name)
@@ -129,9 +135,9 @@ class Artifact:
         }
         save_file(tensors, folder / "weights.safetensors")
         (folder / "weights.safetensors").chmod(0o644)  # it is made readable by its owner only
-        _dump(folder / "structure.json", structure)
-        _dump(folder / "ledger.json", self.ledger.to_json())
-        _dump(folder / "metadata.json", self._metadata())
+        write_json(folder / "structure.json", structure)
+        write_json(folder / "ledger.json", self.ledger.to_json())
+        write_json(folder / "metadata.json", self._metadata())
         if self.recipe_toml:
             (folder / "recipe.toml").write_text(self.recipe_toml, encoding="utf-8")
         if self.journal is not None:
@@ -152,72 +158,27 @@ class Artifact:
         }
 
 
-def check_writable(target: Path, *, force: bool = False) -> None:
-    """A folder can be made at this path without losing anything.
+def _check_whole(folder: Path) -> None:
+    """The folder holds one artifact.
 
     Raises:
-        ArtifactError: It holds something and force is off, or it, or its parent, is a file.
+        ArtifactError: It holds something else, or the parts of a model.
     """
-    try:
-        if target.is_dir():
-            _check_replaceable(target, force=force)
-        elif target.exists():
-            raise ArtifactError(
-                "the output is a file",
-                where=str(target),
-                hint="name a folder that does not exist yet",
-            )
-        existing_parent(target)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-
-
-def existing_parent(target: Path) -> Path:
-    """The nearest folder above a path that exists.
-
-    Raises:
-        ArtifactError: It is a file.
-        OSError: It cannot be looked at.
-    """
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise ArtifactError("the output's parent is a file", where=str(parent))
-    return parent
-
-
-def _check_replaceable(target: Path, *, force: bool) -> None:
-    """A folder is empty, or a run that may be replaced."""
-    if not any(target.iterdir()):
+    missing = [name for name in FILES if not is_file(folder / name)]
+    if not missing:
         return
-    if not force:
+    if holds_parts(folder):
         raise ArtifactError(
-            "the output folder is not empty",
-            where=str(target),
-            hint="pass --force to replace it, or choose another with -o",
+            "this run holds parts of a model, whose code goes with them",
+            where=str(folder),
+            hint="fxq.load_parts(folder, model) puts them together; each folder below parts/ is "
+            "an artifact of its own",
         )
-    if not _is_run(target):
-        raise ArtifactError(
-            "the output folder holds something that is not an fxq run",
-            where=str(target),
-            hint="--force replaces runs only; choose another folder",
-        )
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether fxq wrote what a folder holds, even if it was damaged since."""
-    if all(_is_file(folder / name) for name in FILES):
-        return True
-    try:
-        return "fxq" in _object(folder / "metadata.json")
-    except ArtifactError:
-        return False
+    raise ArtifactError(
+        f"this is not an fxq artifact: {', '.join(missing)} is missing",
+        where=str(folder),
+        hint="give the run folder that fxq compile printed",
+    )
 
 
 def load(path: str | Path, engine: str | None = None) -> Artifact:
@@ -231,13 +192,7 @@ def load(path: str | Path, engine: str | None = None) -> Artifact:
         ArtifactError: The folder is missing, incomplete, damaged, or not an fxq artifact.
     """
     folder = Path(path)
-    missing = [name for name in FILES if not _is_file(folder / name)]
-    if missing:
-        raise ArtifactError(
-            f"this is not an fxq artifact: {', '.join(missing)} is missing",
-            where=str(folder),
-            hint="give the run folder that fxq compile printed",
-        )
+    _check_whole(folder)
     try:
         return _load(folder, engine)
     except ArtifactError as error:
@@ -252,19 +207,19 @@ def load(path: str | Path, engine: str | None = None) -> Artifact:
 def _load(folder: Path, engine: str | None) -> Artifact:
     check_regular(folder, _TEXTS)
     check_seal(folder, FILES)
-    metadata = _object(folder / "metadata.json")
-    integers = IntegerProgram.from_json(_json(folder / "structure.json"), _tensors(folder))
+    metadata = json_object(folder / "metadata.json")
+    integers = IntegerProgram.from_json(read_json(folder / "structure.json"), _tensors(folder))
     backend = str(metadata.get("backend", "eager"))
     if engine is not None:
         metadata["engine"] = engine
     recipe = folder / "recipe.toml"
     return Artifact(
         integers=integers,
-        ledger=Ledger.from_json(_json(folder / "ledger.json")),
+        ledger=Ledger.from_json(read_json(folder / "ledger.json")),
         module=_build(backend, integers, folder, metadata),
         backend=backend,
         journal=_journal(folder),
-        recipe_toml=_text(recipe) if recipe.exists() else "",
+        recipe_toml=read_text(recipe) if recipe.exists() else "",
         promised_coverage=_share(metadata.get("promised_coverage", 1.0)),
         simulation=metadata.get("simulation") is True,
         metadata=metadata,
@@ -317,83 +272,3 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
             where=str(path),
             hint="the file is truncated or foreign; compile again",
         ) from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"the file cannot be read: {error}",
-            where=str(path),
-            hint="it was changed or cut short; compile again",
-        ) from error
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"the file is not valid JSON: {error}",
-            where=str(path),
-            hint="it was changed or cut short; compile again",
-        ) from error
-
-
-def _object(path: Path) -> dict[str, Any]:
-    data = _json(path)
-    if not isinstance(data, dict):
-        raise ArtifactError("the file does not hold an object", where=str(path))
-    return data
-
-
-def _dump(path: Path, data: Any) -> None:
-    try:
-        text = json.dumps(data, indent=1)
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{path.name} cannot be written: {error}") from error
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes the target when the body ends well, and vanishes when not."""
-    from safetensors import SafetensorError
-
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}-", dir=target.parent))
-    except (OSError, ValueError) as error:
-        raise _unwritable(target, error) from error
-    try:
-        yield folder
-        folder.chmod(0o755)
-        _swap(folder, target)
-    except (OSError, SafetensorError) as error:
-        raise _unwritable(target, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _swap(folder: Path, target: Path) -> None:
-    """The new folder takes the old one's place; the old one is kept until it has."""
-    if not target.exists():
-        folder.rename(target)
-        return
-    old = folder.with_name(f"{folder.name}-old")
-    target.rename(old)
-    try:
-        folder.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _unwritable(target: Path, error: Exception) -> ArtifactError:
-    return ArtifactError(
-        f"the artifact cannot be written: {getattr(error, 'strerror', None) or error}",
-        where=str(target),
-        hint="check the path, the permissions and the free space; nothing was changed",
-    )

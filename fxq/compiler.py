@@ -122,7 +122,7 @@ def compile(
         1.0
     """
     start = time.perf_counter()
-    chosen = _recipe(recipe).with_settings(settings)
+    chosen = recipe_of(recipe).with_settings(settings)
     check_options = getattr(find_backend(backend), "check_options", None)
     if check_options is not None:  # before the passes run
         check_options(**backend_options)
@@ -234,7 +234,12 @@ def _of_recipe(recipe: Recipe, artifact: Artifact) -> Artifact:
     return artifact
 
 
-def _recipe(recipe: str | Path | Recipe | Pipeline) -> Recipe:
+def recipe_of(recipe: str | Path | Recipe | Pipeline) -> Recipe:
+    """The recipe of that name or file; a pipeline's is called ``pipeline``.
+
+    Raises:
+        RecipeError: There is no such recipe, or it is wrong.
+    """
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Pipeline):

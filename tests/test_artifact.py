@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import fxq
 from fxq import artifact as artifact_module
-from fxq.artifact import FILES, Artifact, check_writable, load
+from fxq.artifact import Artifact, load
 from fxq.errors import ArtifactError, UnknownNameError
 from fxq.models_zoo import tiny_concat, tiny_conv, tiny_depthwise, tiny_mlp, tiny_residual
+from fxq.run_folder import FILES, check_writable
 from fxq.trail.journal import Journal
 
 
@@ -257,10 +258,10 @@ def _break(place: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> Non
     elif place == "journal":
         monkeypatch.setattr(Journal, "save", fail)
     else:
-        real = artifact_module._dump
+        real = artifact_module.write_json
         monkeypatch.setattr(
             artifact_module,
-            "_dump",
+            "write_json",
             lambda path, data: fail() if path.name == place else real(path, data),
         )
 

@@ -86,7 +86,7 @@ def check_file(path: Path, *, force: bool = False) -> None:
     Raises:
         ArtifactError: It exists and force is off, or it is a folder.
     """
-    from fxq.artifact import existing_parent
+    from fxq.run_folder import existing_parent
 
     try:
         if path.is_dir():

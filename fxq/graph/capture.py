@@ -110,7 +110,7 @@ def capture(
         )
     inputs = as_inputs(example_inputs)
     fixed = _fixed_arguments(model, inputs, dict(concrete_args or {}))
-    copied = _copied(model)
+    copied = copied_for_inference(model)
     tracer = _Tracer(tuple(leaf_modules), fixed)
     traced = _trace(copied, tracer)
     _name_paths(traced)
@@ -137,7 +137,12 @@ def as_inputs(example_inputs: ExampleInputs) -> tuple[Any, ...]:
     )
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied_for_inference(model: nn.Module) -> nn.Module:
+    """A copy of a model in eval mode, its parametrized weights plain ones.
+
+    Raises:
+        CaptureError: It cannot be copied.
+    """
     try:
         copied = copy.deepcopy(model).eval()
     except Exception as error:
