@@ -1,7 +1,8 @@
 """`load_model`: the network a user names, with the data that its file or zoo entry brings.
 
 A network is named as ``model.py`` or ``model.py:name`` (a Python file), ``package.module:name`` (a
-module that can be imported), or by a name of the zoo such as ``cifar/resnet20``.
+module that can be imported), ``net.pt2`` (an exported program), or by a name of the zoo such as
+``cifar/resnet20``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import nn
 
 from fxq.errors import FxqError, UnknownNameError
 from fxq.graph.capture import as_inputs
+from fxq.graph.exported import as_module, load_exported
 from fxq.registry import find_network
 from fxq.torchvision_import import prepare_torchvision
 from fxq.user_code import failure
@@ -70,7 +72,8 @@ def load_model(spec: str, *, input_shape: Sequence[int] | None = None, seed: int
     """The network of that name.
 
     Args:
-        spec: ``model.py``, ``model.py:name``, ``package.module:name`` or a name of the zoo.
+        spec: ``model.py``, ``model.py:name``, ``package.module:name``, the ``.pt2`` file of an
+            exported program, or a name of the zoo.
         input_shape: Shape of one input batch; the example is then drawn from N(0, 1), whatever the
             file says.
         seed: Where random weights and examples are drawn from.
@@ -87,6 +90,8 @@ def load_model(spec: str, *, input_shape: Sequence[int] | None = None, seed: int
     example = _random_input(input_shape, seed) if input_shape else None
     if match := _FILE.fullmatch(spec):
         return _from_file(spec, Path(match["path"]), match["name"] or "model", example, seed)
+    if spec.endswith(".pt2"):
+        return _from_exported(spec, Path(spec), example)
     if match := _IMPORT.fullmatch(spec):
         return _from_import(spec, match["path"], match["name"], example, seed)
     entry = _entry(spec)
@@ -135,6 +140,13 @@ def _from_file(
     with _seeded(seed), _importable(path.resolve().parent):
         namespace = _executed(path)
         return _assembled(spec, path.stem, namespace, name, str(path), example)
+
+
+def _from_exported(spec: str, path: Path, example: tuple[Any, ...] | None) -> NamedModel:
+    if not path.is_file():
+        raise FxqError("there is no such file", where=spec, hint="torch.export.save writes it")
+    module, own = load_exported(path)
+    return NamedModel(spec, path.stem, module, example or own)
 
 
 def _from_import(
@@ -240,9 +252,9 @@ def _network(namespace: ModuleType, name: str, where: str) -> nn.Module:
         networks = [key for key, value in vars(namespace).items() if isinstance(value, nn.Module)]
         hint = f"name one of its networks: {where}:{networks[0]}" if networks else CONVENTION
         raise FxqError(f"it defines no {name!r}", where=where, hint=hint)
-    value = getattr(namespace, name)
+    value = as_module(getattr(namespace, name))
     if not isinstance(value, nn.Module) and callable(value):
-        value = _called(value, f"{name}()", where)
+        value = as_module(_called(value, f"{name}()", where))
     if isinstance(value, nn.Module):
         return value
     if isinstance(value, dict):

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from fxq.errors import CaptureError, nearest_hint
 from fxq.graph.canonical import canonicalize
+from fxq.graph.exported import as_module, is_exported, respelled
 from fxq.graph.in_place import IN_PLACE_OPERATORS
 from fxq.graph.ops import is_frozen_batch_norm
 from fxq.graph.program import Program, write_facts
@@ -89,7 +90,8 @@ def capture(
     """A `Program` that computes what the model computes in eval mode.
 
     Args:
-        model: The model; it is copied, and stays as it is.
+        model: The model, or the program that `torch.export` made of it; it is copied, and stays as
+            it is.
         example_inputs: One batch: a tensor, or a tuple with one entry per positional argument.
         leaf_modules: Module classes, class names or qualified names that stay one node each.
         concrete_args: Arguments of ``forward`` fixed to these values while tracing.
@@ -103,6 +105,7 @@ def capture(
         >>> [node.name for node in program.nodes()]
         ['input_1', '_0', '_1', 'output']
     """
+    model = as_module(model)
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"a model must be a torch.nn.Module, not {type(model).__name__}",
@@ -215,6 +218,8 @@ def _wrong_count(
 
 
 def _trace(model: nn.Module, tracer: _Tracer) -> fx.GraphModule:
+    if isinstance(model, fx.GraphModule) and is_exported(model):
+        return respelled(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a forward warns about while traced is not news
