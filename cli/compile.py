@@ -195,10 +195,11 @@ def calibration_for(
 ) -> Batches | None:
     """The batches a recipe calibrates on; None where it does not calibrate."""
     from .load import DEFAULT_IMAGES, calibration_of
+    from .processes import share_of
 
     if not any(one.name == "calibrate" for one in recipe.passes):
         return None
-    return calibration_of(
+    batches = calibration_of(
         subject,
         data,
         images=images,
@@ -206,6 +207,7 @@ def calibration_for(
         seed=seed,
         default=max(DEFAULT_IMAGES, *(one.wants_images for one in recipe.passes)),
     )
+    return share_of(batches)
 
 
 def _compiled(job: Job, plan: Plan, reporter: Any) -> tuple[Result, Raised | None]:

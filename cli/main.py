@@ -107,8 +107,12 @@ def compile_command(
     verbose: opt.Verbose = False,
     threads: opt.Threads = None,
 ) -> None:
-    """Quantize a network and write it, with the record of every pass, to a run folder."""
+    """Quantize a network and write it, with the record of every pass, to a run folder.
+
+    Under `torchrun --nproc-per-node 2 --no-python fxq compile …`, processes share the calibration.
+    """
     from . import compile as work
+    from . import processes
     from .load import load_plugins, set_threads
 
     load_plugins(plugin)
@@ -136,7 +140,7 @@ def compile_command(
         accept_coverage=accept_coverage,
         max_drop=max_drop,
     )
-    work.run(job)
+    processes.run(job)
 
 
 app.command("diff", epilog=epilog("diff"))(diff_command)

@@ -21,6 +21,8 @@ from fxq.errors import FxqError
 class _Quiet(Console):
     """A console that ends the program without a word when its reader has gone away."""
 
+    is_silent = False
+
     def on_broken_pipe(self) -> None:
         silence_stdout()
         raise SystemExit(0)
@@ -32,9 +34,14 @@ def silence_stdout() -> None:
     os.dup2(devnull, sys.stdout.fileno())
 
 
+def be_silent() -> None:
+    """This process tells nothing but errors: another one does."""
+    _Quiet.is_silent = True
+
+
 def out() -> Console:
     """The console of results."""
-    return _Quiet(highlight=False, markup=False, emoji=False)
+    return _Quiet(highlight=False, markup=False, emoji=False, quiet=_Quiet.is_silent)
 
 
 def err() -> Console:
@@ -145,7 +152,8 @@ def warning(sentence: str, title: str = "warning") -> None:
 
 def notice(sentence: str) -> None:
     """A remark on standard error."""
-    line(Text(sentence, style="dim"), err())
+    if not _Quiet.is_silent:
+        line(Text(sentence, style="dim"), err())
 
 
 # ---- numbers -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fxq.artifact import Artifact
     from fxq.compiler import Result
     from fxq.training import Training, TrainingOptions
-    from fxq.training.world import World
+    from fxq.world import World
 
     from .load import Subject
     from .score import Evaluation, Score
@@ -71,7 +71,7 @@ class Outcome:
 
 def run(request: Request) -> None:
     """The network is trained, lowered and saved, and all of it told, by the first process."""
-    from fxq.training.world import process_group
+    from fxq.world import process_group
 
     check_device(request.device)
     check_recipe(request.job.recipe)

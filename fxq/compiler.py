@@ -25,6 +25,7 @@ from fxq.trail.drift import Drift
 from fxq.trail.journal import Journal, Step
 from fxq.trainable import TrainingModule, program_of, unwrapped
 from fxq.workspace import open_workspace
+from fxq.world import World
 
 PROBE_SIZE = 4
 """How many calibration images the probe batch holds at most."""
@@ -99,7 +100,9 @@ def compile(
         example_inputs: One batch: a tensor, or a tuple with one entry per argument.
         recipe: A built-in name, a path to a TOML file, a `Recipe` or a `Pipeline`.
         backend: What to lower to.
-        calibration: Batches of the model's input; labels and other extras are left out.
+        calibration: Batches of the model's input; labels and other extras are left out. Where
+            several processes compile together (``torchrun``), each gives its share, and all end
+            with the same bits.
         settings: ``pass.option=value``, applied to the recipe.
         leaf_modules: Module classes or names that stay one node each.
         concrete_args: Arguments of ``forward`` fixed to these values.
@@ -254,7 +257,8 @@ def _calibration(
     if source is None:
         return None
     data = CalibrationData(source, keep=max((one.wants_images for one in passes), default=0))
-    program.probe = _probe(program, data.first) or program.probe
+    probe = _probe(program, data.first) or program.probe
+    program.probe = World.current().gathered(probe)[0]  # all processes check on the same
     return data
 
 

@@ -16,6 +16,7 @@ from fxq.graph.program import Program
 from fxq.graph.rewrite import Editor
 from fxq.pipeline import Pass
 from fxq.quant.observers import Observer
+from fxq.world import World
 
 SAMPLE_ELEMENTS = 5 * 2**17
 """How many input elements are kept, and losses of single layers are measured on.
@@ -73,8 +74,11 @@ class Calibrate(Pass):
             _enable(observers, False)
         if count == 0:
             raise CalibrationError("0 batches were calibrated", hint=NO_DATA)
+        world = World.current()
         for observer in observers:
             observer.all_reduce_()
+        program.sample = world.gathered(program.sample)[0]
+        count, images = (sum(own) for own in zip(*world.gathered((count, images)), strict=True))
         edit.note(f"{count} batches, {images} images, {len(observers)} observers")
 
     def _total(self, source: Iterable[Any]) -> int | None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 
 from fxq.errors import CalibrationError
 from fxq.graph.program import Program
+from fxq.world import World
 
 from .calibrate import NO_DATA, batches_of
 
 
 def calibration_images(program: Program, count: int, *, elements: int = 0) -> tuple[Any, ...]:
     """The first calibration images as one batch, laid out for the program.
+
+    Where several processes calibrate, each on batches of its own, all get the same images: those of
+    the first batch of each process in turn, then of the second.
 
     Args:
         program: A program that is being compiled.
@@ -29,16 +34,23 @@ def calibration_images(program: Program, count: int, *, elements: int = 0) -> tu
     if program.calibration is None:
         raise CalibrationError("there is no calibration data", hint=NO_DATA)
     batches: list[tuple[Any, ...]] = []
+    world = World.current()
     held = wanted = 0
     for inputs in batches_of(program, program.calibration):
         batches.append(inputs)
-        held += _size(inputs[0]) or 1
+        held += world.processes * (_size(inputs[0]) or 1)
         wanted = min(count, _room(inputs, elements) if elements else count)
         if held >= wanted:
             break
+    batches = _in_turn(world.gathered(batches))
     if not batches:
         raise CalibrationError("0 batches were calibrated", hint="give some images")
     return program.laid_out(joined(batches, max(wanted, 1)))
+
+
+def _in_turn(shares: list[list[tuple[Any, ...]]]) -> list[tuple[Any, ...]]:
+    turns = itertools.zip_longest(*shares)
+    return [batch for turn in turns for batch in turn if batch is not None]
 
 
 def joined(batches: list[tuple[Any, ...]], images: int) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ ALLOWED_BELOW = {
     "trail": _TRAIL,
     "integer": {*_TRAIL, "integer", "backend", "torchvision_import"},
     "report": {*_TRAIL, "integer", "report"},
-    "training": {*_TRAIL, "training", "workspace", "picture"},
+    "training": {*_TRAIL, "training", "workspace", "picture", "world"},
 }
 """Layers of the core: which parts of fxq each may import."""
 

@@ -34,8 +34,8 @@ from fxq.training.options import TrainingOptions
 from fxq.training.schedule import rate_factor
 from fxq.training.watch import Moment, Training, Watch
 from fxq.training.widths import begin_training, draw_widths, width_columns
-from fxq.training.world import World
 from fxq.workspace import digest
+from fxq.world import World
 
 FIRST_STEP = "torch.compile works for a minute or two in the first step; later steps are faster"
 

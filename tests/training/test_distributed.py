@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from fxq.errors import TrainingError
 from fxq.quant.augment import Augmentation
 from fxq.training import TrainingOptions, Watch, fit
-from fxq.training.world import process_group
+from fxq.world import process_group
 torch.set_num_threads(1)
 
 class Clip(nn.Module):

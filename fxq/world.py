@@ -1,4 +1,4 @@
-"""The processes that train one network together, each on its share of every batch."""
+"""The processes that work on one network together, each on its share of the data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together.
+    """This process among those that work together.
 
     Attributes:
         rank: Its number, from 0; the first writes the files.
@@ -60,6 +61,14 @@ class World:
             known = [1.0, value]
         has, shared = self.summed(known, device)
         return shared if has else None
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What every process has, in the order of their numbers, the same in each."""
+        if self.processes == 1:
+            return [value]
+        values: list[Any] = [None] * self.processes
+        dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Every process has come to this point."""
