@@ -226,8 +226,12 @@ def test_a_leaf_is_one_node(fxq: Fxq, write: Callable[..., Path]) -> None:
         example_inputs = torch.ones(1, 1, 8, 8)
         """,
     )
-    assert fxq("compile", "net.py", "-c", "random", "-n", "4").code == 2
-    done = fxq("compile", "net.py", "-c", "random", "-n", "4", "--leaf", "Branch", "-v")
+    parts = fxq("compile", "net.py", "-c", "random", "-n", "4", "-o", "parts")
+    assert "largest traceable parts" in parts.err
+    done = fxq(
+        "compile", "net.py", "-c", "random", "-n", "4", "-o", "whole", "--leaf", "Branch", "-v"
+    )
+    assert "largest traceable parts" not in done.err
     assert "Branch:" in done.out + done.err
 
 
