@@ -37,27 +37,31 @@ def run(
 
     if job.max_drop is not None:
         raise whole
-    show.notice(f"{whole.what}; its largest traceable parts are compiled")
 
     def begin(part: Part, index: int, total: int) -> None:
+        if index == 0:
+            show.notice(f"{whole.what}; its largest traceable parts are compiled")
         reporter.steps.clear()
         reporter.console.print()
         reporter.console.print(f"part {index + 1} of {total}: {_described(part)}", style="bold")
 
     model = plan.subject.model
-    result = compile_parts(
-        model.module,
-        model.example_inputs,
-        plan.recipe,
-        backend=job.backend,
-        calibration=plan.calibration and plan.calibration.data,
-        leaf_modules=job.leaves,
-        on_part=begin,
-        on_step=reporter.step,
-        progress=reporter,
-        workspace=plan.unfinished,
-        **job.options,
-    )
+    try:
+        result = compile_parts(
+            model.module,
+            model.example_inputs,
+            plan.recipe,
+            backend=job.backend,
+            calibration=plan.calibration and plan.calibration.data,
+            leaf_modules=job.leaves,
+            on_part=begin,
+            on_step=reporter.step,
+            progress=reporter,
+            workspace=plan.unfinished,
+            **job.options,
+        )
+    except CaptureError as error:  # not even in parts
+        raise whole from error
     after = measured(plan, result.module, reporter)
     result.save(plan.folder, force=job.force, metadata=metadata_of(job, plan, before, after))
     _summarize(plan, result, before, after)
