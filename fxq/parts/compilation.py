@@ -18,7 +18,7 @@ from fxq.graph.program import Progress
 from fxq.parts.composition import Part, composed
 from fxq.parts.folder import save_parts
 from fxq.parts.inputs import PartInputs
-from fxq.parts.survey import Survey, find_parts
+from fxq.parts.survey import Survey, find_parts, leaves_below
 from fxq.pipeline import Pipeline
 from fxq.recipe import Recipe
 from fxq.trail.journal import Step
@@ -160,7 +160,7 @@ def compile_parts(
                 chosen,
                 backend=backend,
                 calibration=None if data is None else data.of(path),
-                leaf_modules=leaf_modules,
+                leaf_modules=leaves_below(path, leaf_modules),
                 concrete_args=part.arguments.fixed,
                 check=check,
                 on_step=on_step,

@@ -78,7 +78,7 @@ def find_parts(
     Args:
         model: The model; it is copied, and stays as it is.
         example_inputs: One batch: a tensor, or a tuple with one entry per argument.
-        leaf_modules: Module classes or names that stay one node each.
+        leaf_modules: Module classes or names that stay one node each, and are never parts.
 
     Raises:
         CaptureError: The model cannot be copied, or fails on the example.
@@ -112,7 +112,11 @@ def _next(
     leaves: tuple[type[nn.Module] | str, ...],
 ) -> list[tuple[str, nn.Module]]:
     """The submodules to look at after these."""
-    worth = [(path, module) for path, module in frontier if _has_weights(module)]
+    worth = [
+        (path, module)
+        for path, module in frontier
+        if _has_weights(module) and not {path, type(module), type(module).__name__} & {*leaves}
+    ]
     further = []
     for path, module in worth:
         if counts[module]:
@@ -127,6 +131,19 @@ def _next(
                 continue
         further += _children(path, module)
     return further
+
+
+def leaves_below(
+    path: str, leaves: Sequence[type[nn.Module] | str]
+) -> tuple[type[nn.Module] | str, ...]:
+    """The leaf modules as a part has them: qualified names without the path of the part.
+
+    Example:
+        >>> leaves_below("head", ["head.tower", "Attention"])
+        ('tower', 'Attention')
+    """
+    prefix = f"{path}." if path else ""
+    return tuple(leaf.removeprefix(prefix) if isinstance(leaf, str) else leaf for leaf in leaves)
 
 
 def _has_weights(module: nn.Module) -> bool:
@@ -151,7 +168,7 @@ def _part(
     """
     arguments = _common(calls)
     first = calls[0].tensors(arguments.tensors)
-    own = tuple(leaf for leaf in leaves if leaf != path)
+    own = leaves_below(path, leaves)
     program = capture(module, first, leaf_modules=own, concrete_args=arguments.fixed)
     for call in calls:
         _check_same(program, call, arguments)

@@ -82,6 +82,14 @@ def test_random_numbers_and_changing_flags_are_gaps(make: Make) -> None:
     assert list(found.parts) == ["dice.linear", "flagged.linear"]
 
 
+def test_leaves_are_no_parts(make: Make) -> None:
+    found = fxq.find_parts(make("Router"), IMAGES[0], leaf_modules=["often", "Linear"])
+    assert list(found.parts) == ["stem"]
+    assert found.left == ["often.conv", "never.conv", "heads.0", "heads.1"]
+    inside = fxq.find_parts(make("Router"), IMAGES[0], leaf_modules=["often.norm"])
+    assert "norm" in {node.target for node in inside.parts["often"].graph.graph.nodes}
+
+
 def test_nothing_to_trace_is_an_error_that_says_why() -> None:
     class Sums(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
