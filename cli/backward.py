@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from fxq.trail.journal import Journal
     from fxq.trail.snapshot import Snapshot
 
 
@@ -42,7 +43,7 @@ def run(request: Request, *, view: str) -> None:
         input_shape=request.input_shape,
         seed=request.seed,
     )
-    batch = _batch(subject, request)
+    batch = _batch(subject, request.batch_size, request.seed)
     before = joint_snapshot(subject.model.module, *batch)
     if view == "float":
         show_trail.graph(before, digests=False)
@@ -59,14 +60,14 @@ def run(request: Request, *, view: str) -> None:
     show.line(_widths(after))
 
 
-def _batch(subject: load.Subject, request: Request) -> tuple[torch.Tensor, ...]:
+def _batch(subject: load.Subject, size: int, seed: int) -> tuple[torch.Tensor, ...]:
     """As many copies of the example as make a batch, with noise where they are no tokens."""
     import torch
 
-    generator = torch.Generator().manual_seed(request.seed)
+    generator = torch.Generator().manual_seed(seed)
     made = []
     for value in subject.model.example_inputs:
-        batch = value[:1].expand(request.batch_size, *value.shape[1:]).contiguous()
+        batch = value[:1].expand(size, *value.shape[1:]).contiguous()
         noise = torch.randn(batch.shape, generator=generator)
         made.append(batch + noise if batch.is_floating_point() else batch)
     return tuple(made)
@@ -92,12 +93,18 @@ def _rewritten(subject: load.Subject, request: Request) -> nn.Module:
     return made.module
 
 
-def _restore(module: nn.Module, folder: Path) -> None:
-    from fxq.training.checkpoint import FILE, FOLDER, Checkpoint
+def _checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of a training that is done, or under way; None where there is none."""
+    from fxq.training.checkpoint import FILE, FOLDER
 
     runs = (folder, folder.with_name(f"{folder.name}.partial"))
-    files = (run / FOLDER / FILE for run in runs)
-    found = next((file for file in files if file.is_file()), None)
+    return next((file for run in runs if (file := run / FOLDER / FILE).is_file()), None)
+
+
+def _restore(module: nn.Module, folder: Path) -> None:
+    from fxq.training.checkpoint import Checkpoint
+
+    found = _checkpoint(folder)
     if found is None:
         raise TrainingError(
             "there is no checkpoint of a training",
@@ -113,6 +120,66 @@ def _restore(module: nn.Module, folder: Path) -> None:
             where=str(found),
             hint="give the model and the recipe that were trained",
         ) from error
+
+
+# ---- runs --------------------------------------------------------------------------------------
+
+BATCH = 4
+"""How many samples the step of a run is traced with."""
+
+
+def trained_journal(run: str) -> Journal:
+    """The journal of a run of ``fxq train``, up to what was trained.
+
+    Raises:
+        ArtifactError: There is no such run, or it does not say what network it is of.
+        RecipeError: Its recipe does not train.
+    """
+    from fxq.trail.journal import Journal
+
+    from .analyze import Request as Asked
+    from .analyze import of_run, recipe_of
+    from .trail import load_journal
+    from .train import check_recipe
+
+    journal = load_journal(run)
+    asked = of_run(Asked(run))
+    check_recipe(asked.recipe)
+    return Journal(journal.steps[: len(recipe_of(asked).passes)])
+
+
+def step_of_run(run: str, position: int) -> Snapshot:
+    """The training step of a run's network after so many passes; 0 is the float network's.
+
+    The passes are run again. After the last of them the network is as it was trained to be.
+
+    Raises:
+        ArtifactError: The run does not say what network it is of.
+        TrainingError: Its checkpoint is of another network.
+        CaptureError: The step cannot be traced.
+    """
+    import fxq
+    from fxq.trail.joint import joint_snapshot
+
+    from .analyze import Request as Asked
+    from .analyze import calibration_data, of_run, recipe_of, subject_of
+
+    asked = of_run(Asked(run))
+    recipe, subject = recipe_of(asked), subject_of(asked)
+    batch = _batch(subject, BATCH, asked.seed)
+    if position == 0:
+        return joint_snapshot(subject.model.module, *batch)
+    some = replace(recipe, passes=recipe.passes[:position])
+    made = fxq.compile(
+        subject.model.module,
+        subject.model.example_inputs,
+        some,
+        calibration=calibration_data(asked, some, subject) or [subject.model.example_inputs],
+        check=False,
+    )
+    if some == recipe and _checkpoint(Path(run)) is not None:
+        _restore(made.module, Path(run))
+    return joint_snapshot(made.module, *batch)
 
 
 def _widths(step: Snapshot) -> str:

@@ -75,6 +75,7 @@ class Request:
         view: How.
         context: Unchanged nodes, or lines of code, around each change; None for the usual.
         code: Whether the generated forward is compared instead of the nodes.
+        backward: Whether training steps are compared, forward and backward, instead of forwards.
         digests: Whether weights are shown as digests.
         width: Columns; None for the terminal's.
     """
@@ -87,8 +88,23 @@ class Request:
     view: View = View.UNIFIED
     context: int | None = None
     code: bool = False
+    backward: bool = False
     digests: bool = True
     width: int | None = None
+
+    def journal(self, run: str) -> Journal:
+        """The journal of a run, whose steps can be compared."""
+        from .backward import trained_journal
+
+        return trained_journal(run) if self.backward else load_journal(run)
+
+    def place(self, text: str) -> Place:
+        """The graph that ``RUN`` or ``RUN:STEP`` means; ``RUN`` alone is that of ``--pass``."""
+        run, own = split(text)
+        journal = self.journal(run)
+        wanted = own or self.only
+        position = len(journal) if wanted is None else find_step(journal, wanted)
+        return Place(run, journal, position, self.backward)
 
 
 @dataclass(frozen=True)
@@ -98,18 +114,15 @@ class Place:
     run: str
     journal: Journal
     position: int
-
-    @classmethod
-    def of(cls, text: str, step: str | None = None) -> Place:
-        """What ``RUN`` or ``RUN:STEP`` means; ``RUN`` alone is that of a step, or the last one."""
-        run, own = split(text)
-        journal = load_journal(run)
-        wanted = own or step
-        return cls(run, journal, len(journal) if wanted is None else find_step(journal, wanted))
+    backward: bool = False
 
     @property
     def graph(self) -> Snapshot:
-        """The graph."""
+        """The graph, or that of a training step."""
+        from .backward import step_of_run
+
+        if self.backward:
+            return step_of_run(self.run, self.position)
         return graph_after(self.journal, self.position)
 
     @property
@@ -144,24 +157,23 @@ def sections(ask: Request) -> list[Section]:
         return [_against(ask, ask.against)]
     others = ask.others
     run, step = split(ask.run)
-    journal = load_journal(run)
+    journal = ask.journal(run)
     if not others:
-        return _passes(run, journal, step or ask.only, ask.keeps)
+        return _passes(ask, journal, step or ask.only)
     if len(others) == 1 and _is_side(others[0], journal):
-        places = Place.of(ask.run, ask.only), Place.of(others[0], ask.only)
-        return [_between(*places, ask.keeps)]
+        return [_between(ask.place(ask.run), ask.place(others[0]), ask.keeps)]
     if ask.only is not None:
         raise FxqError("a step was given twice", where=f"--pass {ask.only}", hint="leave one out")
     ends = others if step is None else (step, *others)
     if len(ends) == 1:
-        return _passes(run, journal, ends[0], ask.keeps)
+        return _passes(ask, journal, ends[0])
     if len(ends) > 2 or any(_is_side(end, journal) for end in ends):
         raise FxqError(
             "two graphs can be compared, not three",
             where=" ".join((ask.run, *others)),
             hint="fxq diff RUN STEP STEP, or fxq diff RUN:STEP RUN:STEP",
         )
-    first, second = (Place(run, journal, find_step(journal, end)) for end in ends)
+    first, second = (Place(run, journal, find_step(journal, end), ask.backward) for end in ends)
     return [_between(first, second, ask.keeps)]
 
 
@@ -180,10 +192,12 @@ def _against(ask: Request, against: str) -> Section:
             where=f"{' '.join(ask.others)} --against {against}",
             hint="leave one out: fxq diff OTHER RUN is fxq diff RUN --against OTHER",
         )
-    return _between(Place.of(against, ask.only), Place.of(ask.run, ask.only), ask.keeps)
+    return _between(ask.place(against), ask.place(ask.run), ask.keeps)
 
 
-def _passes(run: str, journal: Journal, only: str | None, keeps: Filter) -> list[Section]:
+def _passes(ask: Request, journal: Journal, only: str | None) -> list[Section]:
+    """Each pass, or one; of training steps all passes together, since each graph takes a while."""
+    run = split(ask.run)[0]
     positions = range(1, len(journal) + 1)
     if only is not None:
         chosen = find_step(journal, only)
@@ -194,11 +208,15 @@ def _passes(run: str, journal: Journal, only: str | None, keeps: Filter) -> list
                 hint=f"fxq diff {run} {CAPTURE} {LAST} compares it with the last graph",
             )
         positions = range(chosen, chosen + 1)
+    if ask.backward:
+        ends = (positions.start - 1, positions.stop - 1)
+        first, second = (Place(run, journal, end, backward=True) for end in ends)
+        return [_between(first, second, ask.keeps)]
     found = []
     for position in positions:
         step, before = journal.steps[position - 1], Place(run, journal, position - 1)
         sides = (before.name, step.name)
-        found.append(Section(position, step.name, sides, step.before, step.after, keeps, step))
+        found.append(Section(position, step.name, sides, step.before, step.after, ask.keeps, step))
     return found
 
 

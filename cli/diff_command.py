@@ -18,6 +18,7 @@ class View(StrEnum):
     UNIFIED = "unified"
     SIDE_BY_SIDE = "side-by-side"
     STAT = "stat"
+    VALUES = "values"
     JSON = "json"
     DOT = "dot"
 
@@ -78,6 +79,14 @@ def diff_command(
             "graphs are compared",
         ),
     ] = False,
+    values: Annotated[
+        bool,
+        typer.Option(
+            "--values",
+            rich_help_panel=_VIEW,
+            help="How far each pass moved each value on the probe batch, instead of the nodes",
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", rich_help_panel=_VIEW, help="As JSON, for other programs")
     ] = False,
@@ -91,6 +100,15 @@ def diff_command(
         bool,
         typer.Option(
             "--code", rich_help_panel=_VIEW, help="The generated forward instead of the nodes"
+        ),
+    ] = False,
+    backward: Annotated[
+        bool,
+        typer.Option(
+            "--backward",
+            rich_help_panel=_VIEW,
+            help="The graphs of a training step, forward and backward, of runs of fxq train; the "
+            "passes are run again",
         ),
     ] = False,
     context: Annotated[
@@ -159,12 +177,19 @@ def diff_command(
         {
             View.SIDE_BY_SIDE: side_by_side,
             View.STAT: stat,
+            View.VALUES: values,
             View.JSON: as_json,
             View.DOT: dot,
         }
     )
     if code:
         _check_code(view, filtered=bool(node or op or kinds))
+    if backward and (code or values):
+        raise FxqError(
+            "of a training step the nodes can be compared",
+            where=f"--backward --{'code' if code else 'values'}",
+            hint="leave one out",
+        )
     from . import diff
     from .difference import Filter
 
@@ -177,6 +202,7 @@ def diff_command(
         view=view,
         context=context,
         code=code,
+        backward=backward,
         digests=digests,
         width=width,
     )

@@ -13,6 +13,7 @@ from fxq.trail.delta import Change, Delta, compare, paired
 from fxq.trail.snapshot import NodeRecord, Snapshot
 
 if TYPE_CHECKING:
+    from fxq.trail.drift import Drift
     from fxq.trail.journal import Step
 
 
@@ -101,6 +102,18 @@ class Section:
         """The changes that are told."""
         return compare(self.before, self.after).where(self.keeps.keeps)
 
+    @cached_property
+    def moved(self) -> dict[str, Drift]:
+        """How far the pass moved each value, of the nodes that are told."""
+        known = {} if self.step is None else self.step.moved
+        told = {change.name: change for change in compare(self.before, self.after).changes}
+        found = {}
+        for record in self.after.nodes:
+            change = told.get(record.name, Change("", record, record))
+            if record.name in known and self.keeps.keeps(change):
+                found[record.name] = known[record.name]
+        return found
+
     @property
     def strangers(self) -> bool:
         """Whether no node but inputs and outputs is in both graphs."""
@@ -152,6 +165,7 @@ class Section:
             "counts": self.delta.counts(),
             "census": self.delta.census(),
             "changes": [_change_to_json(change) for change in self.delta.changes],
+            "moved": {name: one.short() for name, one in self.moved.items()},
         }
 
 

@@ -18,6 +18,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "diff": (
         "fxq diff runs/digits-convnet-aciq-4bit --stat",
         "fxq diff runs/digits-convnet-aciq-4bit fold-batch-norm --code",
+        "fxq diff runs/digits-convnet-aciq-4bit quantize-aciq --values",
         "fxq diff runs/digits-convnet-aciq-4bit capture last --node 'conv*' -y",
         "fxq diff runs/mine runs/digits-convnet-aciq-4bit --stat",
         "fxq diff runs/mine:1 runs/digits-convnet-aciq-4bit:1 --only added --dot",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from fxq.errors import FxqError
 from fxq.trail.delta import KINDS, SIGNS, Change
 from fxq.trail.journal import format_db
 
@@ -18,6 +19,7 @@ from .diff_command import View
 from .show_trail import COLOURS, change_lines, counts, totals
 
 if TYPE_CHECKING:
+    from fxq.trail.drift import Drift
     from fxq.trail.journal import Step
     from fxq.trail.snapshot import NodeRecord
 
@@ -34,6 +36,9 @@ Pair = tuple[str, Text, Text]
 
 def differences(found: Sequence[Section], ask: Request) -> None:
     """What is compared, one after the other."""
+    if ask.view is View.VALUES:
+        _values(found, ask)
+        return
     told = [one for one in found if one.delta] if ask.keeps else list(found)
     if not told:
         show.line("no change matches" if found else "no pass has run")
@@ -206,6 +211,39 @@ def _length(count: int, most: int, space: int) -> int:
     """Signs for a count: as many where all fit, else in proportion and at least one."""
     room = space - len(KINDS)  # each kind may take one more than its share
     return count if most <= space else min(count, 1 + count * room // most)
+
+
+# ---- values ------------------------------------------------------------------------------------
+
+
+def _values(found: Sequence[Section], ask: Request) -> None:
+    """Of each pass the values that it moved, in order, and how far.
+
+    Raises:
+        FxqError: No pass leads from one graph to the other.
+    """
+    if any(one.step is None for one in found):
+        raise FxqError(
+            "how far values moved is recorded for each pass",
+            where=found[0].title,
+            hint="fxq diff RUN --values, or fxq diff RUN STEP --values",
+        )
+    told = [one for one in found if one.moved]
+    if not told:
+        show.line("no value moved" if found else "no pass has run")
+        return
+    room = max(len(name) for one in told for name in one.moved)
+    for position, one in enumerate(told):
+        if position:
+            show.line()
+        show.lines(folded([heading(one)], columns(ask)))
+        show.line(Text(f"  {'value':<{room + 1}}  {'SQNR':>10}  largest change", style="dim"))
+        show.lines(_moved(name, drift, room) for name, drift in one.moved.items())
+
+
+def _moved(name: str, drift: Drift, room: int) -> Text:
+    words = f"{format_db(drift.sqnr):>10}", f"{drift.largest:.3g}"
+    return Text.assemble(f"  %{name:<{room}}  ", words[0], (f"  {words[1]}", "dim"))
 
 
 # ---- widths ------------------------------------------------------------------------------------

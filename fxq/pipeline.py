@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from fxq.graph.rewrite import Editor, Miss, neighbourhood
 from fxq.graph.verify import verify
 from fxq.trail.drift import Drift
 from fxq.trail.journal import Journal, Step
+from fxq.trail.probe import ProbeValues
 from fxq.trail.snapshot import snapshot
 
 __all__ = ["Contract", "Miss", "Pass", "Pipeline", "RulePass"]
@@ -76,10 +77,6 @@ class Pass(ABC):
     def wants_images(self) -> int:
         """How many calibration images this pass reads on its own: its option ``images``."""
         return int(getattr(self, "images", 0))
-
-    def probe(self, program: Program) -> Any:
-        """The output of the program on its probe batch."""
-        return program.run(*program.probe)
 
 
 @dataclass(frozen=True)
@@ -154,10 +151,10 @@ class Pipeline:
         for one in self.passes:
             one.check_options()
         journal = Journal()
-        original = journal.reference = self._probe(None, program)
-        previous = original
+        previous = self._probe(None, program)
+        journal.reference = None if previous is None else previous.output
         for one in self.passes:
-            step, previous = self._run_one(one, program, journal, original, previous)
+            step, previous = self._run_one(one, program, journal, previous)
             journal.steps.append(step)
             program.passes_run.append(one.name)
             if self.check:
@@ -182,18 +179,18 @@ class Pipeline:
             done.append(one.name)
 
     def _run_one(
-        self, one: Pass, program: Program, journal: Journal, original: Any, previous: Any
-    ) -> tuple[Step, Any]:
+        self, one: Pass, program: Program, journal: Journal, previous: ProbeValues | None
+    ) -> tuple[Step, ProbeValues | None]:
         before = journal.steps[-1].after if journal.steps else snapshot(program)
         edit = Editor(program, one.name)
         start = time.perf_counter()
         self._apply(one, program, edit)
         seconds = time.perf_counter() - start
         self._check_graph(one, program)
-        output = self._probe(one, program)
-        sqnr = drift = None
-        if self.check:
-            sqnr, drift = _cost(one, program, original, previous, output)
+        probed = self._probe(one, program)
+        cost = _Cost()
+        if probed is not None and previous is not None:
+            cost = _cost(one, program, journal.reference, previous, probed)
         step = Step(
             name=one.name,
             options=one.options(),
@@ -203,12 +200,13 @@ class Pipeline:
             hits=tuple(edit.hits),
             misses=tuple(edit.misses),
             seconds=seconds,
-            sqnr=sqnr,
-            total_sqnr=None if drift is None else drift.sqnr,
+            sqnr=cost.sqnr,
+            total_sqnr=None if cost.drift is None else cost.drift.sqnr,
             notes=tuple(edit.notes),
-            drift=drift,
+            drift=cost.drift,
+            moved=cost.moved,
         )
-        return step, output
+        return step, probed
 
     def _apply(self, one: Pass, program: Program, edit: Editor) -> None:
         try:
@@ -242,11 +240,11 @@ class Pipeline:
                 f"graph-lints: {error}", where=one.name, hint="this is a defect of the pass"
             ) from error
 
-    def _probe(self, one: Pass | None, program: Program) -> Any:
+    def _probe(self, one: Pass | None, program: Program) -> ProbeValues | None:
         if not self.check:
             return None
         try:
-            return program.run(*program.probe) if one is None else one.probe(program)
+            return ProbeValues.of(program)
         except FxqError:
             raise
         except Exception as error:
@@ -264,17 +262,30 @@ class Pipeline:
             ) from error
 
 
+@dataclass(frozen=True)
+class _Cost:
+    """What a pass did to the numbers; see `Step`."""
+
+    sqnr: float | None = None
+    drift: Drift | None = None
+    moved: dict[str, Drift] = field(default_factory=dict)
+
+
 def _cost(
-    one: Pass, program: Program, original: Any, previous: Any, output: Any
-) -> tuple[float, Drift]:
-    """The signal-to-noise ratio against the step before, and the drift from the model.
+    one: Pass, program: Program, original: Any, before: ProbeValues, after: ProbeValues
+) -> _Cost:
+    """How far a pass moved the output and the values, and how far the output is from the model's.
 
     Raises:
         ContractError: The pass did not keep its contract.
     """
     try:
-        check_contract(one.name, one.promise, previous, output)
-        return output_sqnr(previous, output), output_drift(original, output)
+        check_contract(one.name, one.promise, before.output, after.output)
+        return _Cost(
+            output_sqnr(before.output, after.output),
+            output_drift(original, after.output),
+            after.moved_from(before),
+        )
     except ContractError as error:
         error.where = error.where or one.name
         error.passes_run = tuple(program.passes_run)

@@ -8,7 +8,7 @@ before*: the piece of the earlier graph between the counterparts of its inputs a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,16 @@ Piece = tuple[fx.Node, ...]
 """Nodes of the earlier graph that compute a counterpart, in order; the last one is it."""
 
 
-def counterparts(before: fx.Graph, after: fx.Graph) -> dict[fx.Node, fx.Node]:
+Reads = Mapping[str, Sequence[str]]
+"""The nodes of a graph in order, each with those it reads."""
+
+
+def reads_of(graph: fx.Graph) -> dict[str, tuple[str, ...]]:
+    """What each node of a graph reads, by name."""
+    return {node.name: tuple(one.name for one in node.all_input_nodes) for node in graph.nodes}
+
+
+def stand_ins(before: Reads, after: Reads) -> dict[str, str]:
     """The node of the earlier graph whose value each node of the later graph stands for.
 
     Nodes that stand for nothing are left out.
@@ -26,26 +35,41 @@ def counterparts(before: fx.Graph, after: fx.Graph) -> dict[fx.Node, fx.Node]:
     Args:
         before: A graph.
         after: The same after some passes, which left names as they were.
+
+    Example:
+        >>> before = {"x": (), "conv": ("x",), "bn": ("conv",), "relu": ("bn",)}
+        >>> after = {"x": (), "conv": ("x",), "relu": ("conv",)}
+        >>> stand_ins(before, after)
+        {'x': 'x', 'conv': 'bn', 'relu': 'relu'}
     """
-    earlier = {node.name: node for node in before.nodes}
+    users: dict[str, list[str]] = {}
+    for name, inputs in after.items():
+        for one in inputs:
+            users.setdefault(one, []).append(name)
     found = {}
-    for node in after.nodes:
-        if node.op == "output":
-            continue
-        read = {other for user in node.users for other in _read_as(node, user, earlier)}
-        chosen = read.pop() if len(read) == 1 else earlier.get(node.name)
-        if chosen is not None and chosen.op != "output":
-            found[node] = chosen
+    for name in after:
+        read = {one for user in users.get(name, ()) for one in _read_as(name, user, before, after)}
+        if len(read) == 1:
+            found[name] = read.pop()
+        elif name in before:
+            found[name] = name
     return found
 
 
-def _read_as(node: fx.Node, user: fx.Node, earlier: Mapping[str, fx.Node]) -> list[fx.Node]:
+def _read_as(name: str, user: str, before: Reads, after: Reads) -> list[str]:
     """What a user of a node read before in the place of it."""
-    old = earlier.get(user.name)
-    if old is None or len(old.all_input_nodes) != len(user.all_input_nodes):
+    old, new = before.get(user, ()), after[user]
+    if len(old) != len(new):
         return []
-    pairs = zip(user.all_input_nodes, old.all_input_nodes, strict=True)
-    return [was for now, was in pairs if now is node]
+    return [was for now, was in zip(new, old, strict=True) if now == name]
+
+
+def counterparts(before: fx.Graph, after: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """`stand_ins` as nodes, without outputs."""
+    earlier, later = ({node.name: node for node in graph.nodes} for graph in (before, after))
+    found = stand_ins(reads_of(before), reads_of(after))
+    pairs = ((later[name], earlier[was]) for name, was in found.items())
+    return {node: was for node, was in pairs if "output" not in (node.op, was.op)}
 
 
 class Mixture(nn.Module):

@@ -134,6 +134,7 @@ def _step(step: Step, number: dict[str, int]) -> dict[str, Any]:
         "sqnr": finite(step.sqnr),
         "total_sqnr": finite(step.total_sqnr),
         "drift": step.drift and step.drift.to_json(),
+        "moved": [[number[name], *one.short()] for name, one in step.moved.items()],
         "notes": list(step.notes),
         "misses": [[number.get(miss.node), miss.node, miss.why] for miss in step.misses],
         "changes": {kind: [number[change.name] for change in delta.of(kind)] for kind in KINDS},

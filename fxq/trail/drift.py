@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +49,23 @@ class Drift:
         """The drift that `to_json` wrote; None where none was measured."""
         if data is None:
             return None
-        sqnr, largest = number(data["sqnr"]), number(data["largest"])
-        if sqnr is None or largest is None:
-            raise ValueError("a drift has a ratio and a largest difference")
-        return cls(sqnr, largest, int(data["flips"]), int(data["decisions"]))
+        ends = _known(data["sqnr"]), _known(data["largest"])
+        return cls(*ends, int(data["flips"]), int(data["decisions"]))
+
+    def short(self) -> list[float | str | None]:
+        """The ratio and the largest difference, of four digits, as JSON has them.
+
+        Example:
+            >>> Drift(127.93648, 2.1457e-06).short()
+            [127.9, 2.146e-06]
+        """
+        return [finite(float(f"{one:.4g}")) for one in (self.sqnr, self.largest)]
+
+    @classmethod
+    def of_short(cls, data: Sequence[float | str]) -> Drift:
+        """The drift that `short` wrote."""
+        sqnr, largest = data
+        return cls(_known(sqnr), _known(largest))
 
 
 INFINITIES = {math.inf: "exact", -math.inf: "not finite"}  # JSON has no infinity
@@ -69,3 +82,15 @@ def number(value: float | str | None) -> float | None:
         if value == word:
             return infinity
     return None if value is None else float(value)
+
+
+def _known(value: float | str | None) -> float:
+    """A number that must be there.
+
+    Raises:
+        ValueError: It is not.
+    """
+    found = number(value)
+    if found is None:
+        raise ValueError("a drift has a ratio and a largest difference")
+    return found

@@ -40,6 +40,8 @@ class Step:
         total_sqnr: The same against the captured model.
         notes: What the pass wants told, one sentence each.
         drift: How far the probe output is from the captured model's; None where not measured.
+        moved: By node, how far its value on the probe batch is from what it stands for before the
+            pass, see `fxq.trail.probe`; only values that changed.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Step:
     total_sqnr: float | None = None
     notes: tuple[str, ...] = ()
     drift: Drift | None = None
+    moved: dict[str, Drift] = field(default_factory=dict)
 
     @property
     def delta(self) -> Delta:
@@ -221,6 +224,7 @@ def _step_to_json(step: Step) -> dict[str, Any]:
         "total_sqnr": finite(step.total_sqnr),
         "notes": list(step.notes),
         "drift": step.drift and step.drift.to_json(),
+        "moved": {name: one.short() for name, one in step.moved.items()},
         "delta": step.delta.to_json(),
     }
 
@@ -239,4 +243,5 @@ def _step_from_json(entry: dict[str, Any], before: Snapshot, after: Snapshot) ->
         total_sqnr=number(entry["total_sqnr"]),
         notes=strings(entry["notes"]),
         drift=Drift.from_json(entry.get("drift")),
+        moved={name: Drift.of_short(one) for name, one in entry.get("moved", {}).items()},
     )

@@ -125,6 +125,16 @@ def test_a_replay_of_what_was_repaired_writes_the_run(fxq: Fxq, tmp_path: Path) 
     assert (tmp_path / "runs/mine/journal.json").is_file()
 
 
+def test_a_replay_does_not_train_roundings_again(fxq: Fxq, tmp_path: Path) -> None:
+    slow = Recipe.load("adaround-4bit").with_settings(["adaround.iterations=20"]).to_toml()
+    (tmp_path / "mine.toml").write_text(f'{slow}\n[[pass]]\nuse = "explode"\n')
+    assert fxq(*COMPILE, "--plugin", BROKEN).code == 2
+    again = fxq("replay", "runs/mine.failed")
+    assert "explode failed" in again.err
+    assert "continued behind 5 layers that were finished" in again.out + again.err
+    assert "another program" not in again.err
+
+
 def test_a_folder_of_something_else_is_left_alone(fxq: Fxq, tmp_path: Path) -> None:
     recipe_with(tmp_path, 'use = "explode"')
     place = tmp_path / "runs/mine.failed"

@@ -33,7 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, invoke: Fxq) -> Path:
             path = place / "runs" / name / "journal.json"
             text = re.sub(r"scale [\d.e-]+ zero \d+", "scale 0.5 zero 0", path.read_text())
             text = re.sub(r'"(seconds|sqnr)": [^,]+,', r'"\1": 1.5,', text)
-            path.write_text(text)
+            data = json.loads(text)
+            for step in data["steps"]:
+                step["moved"] = {name: [1.5, 0.25] for name in step["moved"]}
+            path.write_text(json.dumps(data))
     return place
 
 
@@ -53,6 +56,7 @@ VIEWS = {
     "stat": ("runs/eight", "runs/four", "--stat"),
     "passes": ("runs/four", "--stat"),
     "one-pass": ("runs/four", "quantize-aciq"),
+    "values": ("runs/four", "quantize-aciq", "--values", "--node", "conv*"),
     "code": ("runs/four", "capture", "last", "--code"),
     "code-side-by-side": ("runs/four", "fold-batch-norm", "--code", "-y", "-U", "1"),
     "dot": ("runs/eight", "runs/four", "--dot", "--context", "1"),
@@ -146,6 +150,19 @@ def test_json(diff: Fxq) -> None:
     assert (change["op"], change["path"]) == ("ActivationQuantizer", "pool")
 
 
+def test_values_of_each_pass(diff: Fxq) -> None:
+    out = diff("runs/four", "--values").out
+    names = [line.split()[1] for line in out.splitlines() if line[:1].isdigit()]
+    assert names == ["fold-batch-norm", "quantize-aciq", "correct-bias"]
+    sections = json.loads(diff("runs/four", "--json").out)["sections"]
+    told = [line.split()[0] for line in out.splitlines() if line.startswith("  %")]
+    assert told == [f"%{name}" for one in sections for name in one["moved"]]
+    filtered = diff("runs/four", "5", "--values", "--only", "added").out
+    assert "%pool_low" in filtered
+    assert "%conv1" not in filtered
+    assert diff("runs/four", "mark-relu", "--values").out == "no value moved\n"
+
+
 # ---- filters -----------------------------------------------------------------------------------
 
 
@@ -191,6 +208,8 @@ WRONG = {
     "kind": (("runs/four", "--only", "moved"), "not one of"),
     "two views": (("runs/four", "--stat", "--dot"), "one way at a time"),
     "code as json": (("runs/four", "--code", "--json"), "drop --json"),
+    "values of two runs": (("runs/four", "runs/eight", "--values"), "recorded for each pass"),
+    "values of many passes": (("runs/four", "1", "5", "--values"), "fxq diff RUN STEP --values"),
     "code of a node": (("runs/four", "--code", "--node", "fc"), "code has lines"),
 }
 

@@ -116,6 +116,9 @@ def test_the_waterfall_and_the_split_show_a_broken_clip(data: Path) -> None:
     result = fxq.compile(network(data), images[0][:1], recipe, calibration=images)
     falls = {fall.name: fall.part for fall in waterfall(result.journal)}
     assert max(falls, key=lambda name: falls[name]) == "shrink-clip"
+    first = next(iter(result.journal["shrink-clip"].moved))  # where the error begins
+    assert first.startswith("layer2_1_relu")
+    assert first.endswith("_quantizer")
     errors = attribute(result.program, [images[0][:8]])
     worst = max(errors, key=lambda error: error.clipping)
     assert worst.path == "layer2.1.conv2"

@@ -38,7 +38,10 @@ FLAGS = (
     "--remote-debugging-pipe",
 )
 
-KEY_CODES = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13}
+KEY_CODES = {
+    **{"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40},
+    **{"Enter": 13, "Escape": 27, "+": 187, "=": 187, "-": 189},
+}
 
 
 def find_browser() -> str | None:
@@ -180,7 +183,8 @@ class Browser:
     def press(self, key: str) -> None:
         """A key is pressed, where the focus is."""
         known = {"key": key, "windowsVirtualKeyCode": KEY_CODES.get(key, ord(key[0]))}
-        typed = {"text": key} if len(key) == 1 else {}
+        text = {"Enter": "\r"}.get(key, key)
+        typed = {"text": text} if len(text) == 1 else {}
         self.send("Input.dispatchKeyEvent", type="keyDown", **known, **typed)
         self.send("Input.dispatchKeyEvent", type="keyUp", **known)
 

@@ -86,6 +86,8 @@ def test_what_is_embedded_is_the_journal(folder: Path) -> None:
     for step, wanted_step in zip(data["steps"], journal.to_json()["steps"], strict=True):
         named = {kind: [data["names"][n] for n in nodes] for kind, nodes in step["changes"].items()}
         assert {kind: nodes for kind, nodes in named.items() if nodes} == wanted_step["delta"]
+        values = {data["names"][node]: drift for node, *drift in step["moved"]}
+        assert values == wanted_step["moved"]
         for key in ("name", "options", "contract", "seconds", "sqnr", "total_sqnr", "notes"):
             assert step[key] == wanted_step[key]
     assert data["ledger"] == json.loads((folder / "ledger.json").read_text())

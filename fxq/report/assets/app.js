@@ -124,6 +124,7 @@ function buildLegend() {
     changes: KINDS.map((kind) => [kind, `${SIGNS[kind]} ${kind}`]),
     roles: [["noted", "layer"], ["retuned", "quantizer"], ["rewired", "observer"]],
     coverage: [["added", "on integers"], ["noted", "folded"], ["rewired", "in float"]],
+    values: [["added", "moved: 40 dB and more"], ["rewired", "20 to 40 dB"], ["removed", "below 20 dB"]],
   }[app.graph.paint];
   byId("legend").replaceChildren(...words.map(([kind, label]) => make("li", {}, chip(kind, label))));
 }

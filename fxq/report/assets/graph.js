@@ -249,7 +249,9 @@ class GraphView {
     context.fillStyle = this.colours.quiet;
     context.font = `10.5px ${this.sans}`;
     const shape = record.value.replace(/^\w+/, "");
-    context.fillText(cut(context, `${record.op} ${record.args.length < 14 ? record.args : ""} ${shape}`, WIDE - 20), x + 10, y + 30);
+    const left = WIDE - 20 - context.measureText(` ${shape}`).width;
+    const operator = [`${record.op} ${record.args}`.trimEnd(), record.op].find((words) => context.measureText(words).width <= left);
+    context.fillText(`${operator ?? ended(context, record.op, left)} ${shape}`, x + 10, y + 30);
     if (kind) {
       context.fillStyle = this.colours[kind];
       context.font = `700 13px ${this.sans}`;
@@ -260,7 +262,7 @@ class GraphView {
   coloursOf(record, kind) {
     const named = (name) => [this.colours[`${name}-tint`], this.colours[name]];
     if (this.paint === "changes") return kind ? named(kind) : [this.colours.card, this.colours["strong-line"]];
-    const key = this.paint === "roles" ? ROLE_COLOURS[roleOf(record)] : PLACE_COLOURS[placeOf(record)];
+    const key = KEYS_OF[this.paint](record, this.step);
     return key ? named(key) : [this.colours.card, this.colours["strong-line"]];
   }
 
@@ -348,8 +350,26 @@ class GraphView {
 const ROLE_COLOURS = { layer: "noted", quantizer: "retuned", observer: "rewired" };
 const PLACE_COLOURS = { int8: "added", folded: "noted", float: "rewired" };
 
+const KEYS_OF = {
+  roles: (record) => ROLE_COLOURS[roleOf(record)],
+  coverage: (record) => PLACE_COLOURS[placeOf(record)],
+  values: (record, step) => moved[step].has(record.node) && moveColour(moved[step].get(record.node).sqnr),
+};
+
+function moveColour(sqnr) {
+  if (typeof sqnr !== "number") return sqnr === "exact" ? "added" : "removed";
+  return sqnr < 20 ? "removed" : sqnr < 40 ? "rewired" : "added";
+}
+
 function placeOf(record) {
   return ledger.get(record.name)?.where;
+}
+
+// The text as far as there is room, its end left out: an operator is known by its beginning.
+function ended(context, words, room) {
+  let keep = words.length;
+  while (keep > 1 && context.measureText(`${words.slice(0, keep)}…`).width > room) keep -= 1;
+  return `${words.slice(0, keep)}…`;
 }
 
 // The text as far as there is room, its middle left out: names differ at both ends.

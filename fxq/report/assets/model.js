@@ -21,6 +21,10 @@ const changes = [new Map(), ...data.steps.map((step) => {
   return found;
 })];
 
+// By step and node, how far the pass moved the value on the probe batch.
+const moved = [new Map(), ...data.steps.map((step) => new Map(
+  step.moved.map(([node, sqnr, largest]) => [node, { sqnr, largest }])))];
+
 const readers = graphs.map((graph) => {
   const found = new Map();
   for (const record of graph.values()) {
@@ -119,7 +123,8 @@ function quantizerOf(record) {
 function number(value, digits = 4) {
   if (value === null || value === undefined) return "";
   if (typeof value !== "number") return String(value);
-  return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(digits))).replace("-", "−");
+  const short = Number.isInteger(value) ? value : Number(value.toPrecision(digits));
+  return (short !== 0 && Math.abs(short) < 1e-4 ? short.toExponential() : String(short)).replaceAll("-", "−");
 }
 
 function decibel(value) {

@@ -56,6 +56,7 @@ function nodePanel() {
     ...attributionOf(record.name),
     ...weightSection(record),
     ...valueSection(record),
+    ...movedSection(record),
     ...historySection(record),
   ];
 }
@@ -164,6 +165,13 @@ function chartWithToggle(draw, caption) {
   return [place, make("div", { class: "row" }, make("span", { class: "small" }, caption), make("label", { class: "toggle" }, box, "log counts"))];
 }
 
+function movedSection(record) {
+  const found = moved.map((values, step) => [step, values.get(record.node)]).filter(([, one]) => one);
+  if (!found.length) return [];
+  return [make("h3", {}, "Moved by"), make("p", { class: "small" }, "SQNR of its value on the probe batch against that before the pass; largest difference."),
+    make("ul", { class: "items moved" }, found.map(([step, one]) => meterRow(`${step} ${stepTitle(step)}`, one, () => app.go(step))))];
+}
+
 function historySection(record) {
   const found = historyOf(record.node);
   if (!found.length) return [];
@@ -208,6 +216,10 @@ function stepPanel() {
     parts.push(make("details", { open: true }, make("summary", {}, chip(kind, `${SIGNS[kind]} ${nodes.length} ${kind}`)),
       ...longList(nodes, (node) => make("li", {}, nodeLink(node), ...changeText(app.step, node, kind)), 24)));
   }
+  const values = [...moved[app.step]].sort(([, a], [, b]) => share(a.sqnr) - share(b.sqnr));
+  if (values.length) parts.push(make("details", {}, make("summary", {}, `${plural(values.length, "value")} moved`),
+    make("p", { class: "small" }, "SQNR on the probe batch against the value before; largest difference."),
+    ...longList(values, ([node, one]) => meterRow(`%${data.names[node]}`, one, () => app.select(node, true)), 24)));
   if (step.misses.length) parts.push(make("details", {}, make("summary", {}, `${step.misses.length} refused`),
     ...longList(step.misses, ([node, name, why]) => make("li", {}, node === null ? `%${name}` : nodeLink(node), make("div", { class: "small" }, why)))));
   return parts;
@@ -235,13 +247,7 @@ function coveragePanel() {
 }
 
 function errorPanel() {
-  const measured = data.steps.map((step, index) => [index + 1, step.name, step.total_sqnr]).filter(([, , value]) => value !== null);
-  const parts = [make("h2", {}, "Error"), make("p", { class: "quiet" }, "Signal-to-noise ratio of the output on the probe batch, against the captured network.")];
-  const bars = measured.map(([step, name, value]) => meterRow(`${step} ${name}`, value, () => app.go(step)));
-  if (data.integers) bars.push(meterRow("integers", data.integers.sqnr));
-  parts.push(make("ul", { class: "items" }, bars));
-  const fall = data.attribution.waterfall || [];
-  if (fall.length) parts.push(make("h3", {}, "Waterfall"), make("ul", { class: "items" }, fall.map((entry) => meterRow(entry.pass, entry.sqnr_db))));
+  const parts = [make("h2", {}, "Error"), ...waterfall()];
   const ranked = data.sensitivity || [];
   if (ranked.length) parts.push(make("h3", {}, "Sensitivity"), make("p", { class: "small" }, "SQNR of the output with this layer alone quantized; in brackets, with all but this one."),
     ...longList(ranked, (layer) => sensitivityRow(layer), 40));
@@ -254,6 +260,33 @@ function errorPanel() {
   return parts;
 }
 
+// From the captured network to the integers: what each step added to the error of the output, or took away.
+function waterfall() {
+  const measured = data.steps.map((step, index) => [`${index + 1} ${step.name}`, step.total_sqnr, () => app.go(index + 1)]).filter(([, sqnr]) => sqnr !== null);
+  if (data.integers) measured.push(["integers", data.integers.sqnr]);
+  if (!measured.length) return [make("p", { class: "quiet" }, "It was not measured.")];
+  const errors = [0, ...measured.map(([, sqnr]) => relativeError(sqnr))];
+  const top = Math.max(...errors.filter(Number.isFinite)) || 1;
+  return [make("p", { class: "quiet" }, "Signal-to-noise ratio of the output on the probe batch, against the captured network; then what the step added to the squared error, in units of the output's. The parts add up to ",
+    make("span", { id: "error-sum" }, number(errors[errors.length - 1], 3)), "."),
+  make("ul", { class: "items" }, measured.map(([name, sqnr, onclick], place) => fallRow(name, sqnr, errors[place], errors[place + 1], top, onclick)))];
+}
+
+function relativeError(sqnr) {
+  if (typeof sqnr !== "number") return sqnr === "exact" ? 0 : Infinity;
+  return 10 ** (-sqnr / 10);
+}
+
+function fallRow(name, sqnr, before, after, top, onclick) {
+  const part = before === after ? 0 : after - before;
+  const bar = make("i", { class: part > 0 ? "grew" : "shrank" });
+  const [from, to] = [Math.min(before, after, top), Math.min(Math.max(before, after), top)];
+  bar.style.left = `${from / top * 98}%`;
+  bar.style.width = `${(to - from) / top * 98}%`;
+  return make("li", { class: "fall", "data-part": part }, make("div", { class: "row" }, onclick ? make("button", { type: "button", class: "link", onclick }, name) : make("span", { class: "plain" }, name),
+    make("span", { class: "small" }, `${decibel(sqnr)} · ${part > 0 ? "+" : ""}${number(part, 3)}`)), make("div", { class: "drop" }, part ? bar : null));
+}
+
 function sensitivityRow(layer) {
   const bar = make("i");
   bar.style.width = `${share(layer.alone)}%`;
@@ -261,11 +294,12 @@ function sensitivityRow(layer) {
     make("span", { class: "small" }, `${decibel(layer.alone)} (${decibel(layer.without)})`)), make("div", { class: "meter" }, bar));
 }
 
-function meterRow(name, value, onclick) {
+function meterRow(name, drift, onclick) {
   const bar = make("i");
-  bar.style.width = `${share(value)}%`;
-  return make("li", {}, make("div", { class: "row" }, onclick ? make("button", { type: "button", class: "link", onclick }, name) : name,
-    make("span", { class: "small" }, decibel(value))), make("div", { class: "meter" }, bar));
+  bar.style.width = `${share(drift.sqnr)}%`;
+  const words = [decibel(drift.sqnr), number(drift.largest, 3)].filter(Boolean).join(" · ");
+  return make("li", {}, make("div", { class: "row" }, onclick ? make("button", { type: "button", class: "link", onclick }, name) : make("span", { class: "plain" }, name),
+    make("span", { class: "small" }, words)), make("div", { class: "meter" }, bar));
 }
 
 // Of a ratio, as a part of 60 dB, above which an 8-bit network has nothing left to lose.
