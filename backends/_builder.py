@@ -12,12 +12,13 @@ from fxq.integer.arguments import registers_in
 from fxq.integer.float_layers import dynamic_quantizer, fake_quantizer, float_layer
 from fxq.integer.layers import accumulator_scale
 from fxq.integer.program import Instruction, IntegerProgram
-from fxq.integer.reference import average_multiplier, call_float, float_callable, reshape
+from fxq.integer.reference import average_multiplier, call_float, float_callable, in_layout, reshape
+from fxq.integer.saturation import is_proven
 
 from . import _kernels as kernels
 from ._fusion import fuse_residual_adds, may_overwrite
 from ._offsets import byte_offsets
-from ._saturation import depthwise_saturates, exact_layer, is_proven, may_saturate
+from ._saturation import depthwise_saturates, exact_layer, may_saturate
 
 Run = Callable[[dict[str, Any]], Any]
 
@@ -329,7 +330,7 @@ def _channels_last(codes: torch.Tensor) -> torch.Tensor:
 def _dequantize(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_dequantize(item) for item in value)
-    return value.dequantize()
+    return in_layout(value.dequantize())
 
 
 _BUILDERS: dict[str, Callable[[Builder, Instruction], Run]] = {

@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import torch
 
-from fxq.integer.program import Grid, Instruction, IntegerProgram
+from fxq.integer.program import Instruction, IntegerProgram
 from fxq.integer.reference import Reference
-from fxq.numerics.saturation import largest_pair_sum, largest_two_sum, pair_limit
+from fxq.integer.saturation import is_depthwise
+from fxq.numerics.saturation import largest_pair_sum, pair_limit
 
 from . import _kernels as kernels
 
@@ -26,29 +27,11 @@ def may_saturate(engine: str) -> bool:
 
 def depthwise_saturates(program: IntegerProgram, step: Instruction) -> bool:
     """Whether fbgemm would take a depthwise kernel, and that could leave 16 bits on any CPU."""
-    weight = program.tensor(step, "weight")
-    if not _is_depthwise(step, weight):
+    if not is_depthwise(program, step):
         return False
+    weight = program.tensor(step, "weight")
     worst = int(largest_pair_sum(weight.flatten(1)).max())
     return worst > pair_limit(255) and not kernels.sees_only_padding(weight, step.attributes)
-
-
-def is_proven(program: IntegerProgram, step: Instruction, source: Grid | None) -> bool:
-    """Whether no pair of products of a layer leaves 16 bits, whatever its input is.
-
-    Where kernels saturate bytes are not shifted, so that they are no larger than codes.
-
-    Args:
-        program: The program.
-        step: The layer.
-        source: The grid of its input; None for floats.
-    """
-    if source is None:
-        return True
-    weight = program.tensor(step, "weight")
-    if _is_depthwise(step, weight):
-        return int(largest_pair_sum(weight.flatten(1)).max()) <= pair_limit(255)
-    return int(largest_two_sum(weight.flatten(1)).max()) <= pair_limit(source.top)
 
 
 def exact_layer(
@@ -57,7 +40,3 @@ def exact_layer(
     """What gives a layer's codes, or floats, from the codes of its input."""
     reference = Reference(program)
     return lambda codes: reference.step(step, {step.inputs[0]: codes})
-
-
-def _is_depthwise(step: Instruction, weight: torch.Tensor) -> bool:
-    return step.op != "linear" and step.attributes["groups"] == len(weight) > 1

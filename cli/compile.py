@@ -348,6 +348,7 @@ def _summarize(
         ("recipe", f"{plan.recipe.name} on {artifact.backend}" + (f", {kind}" if kind else "")),
         ("weights", sizes_text(float_bytes(plan.subject.model.module), artifact.size_after)),
         ("coverage", coverage_text(artifact.ledger)),
+        ("any CPU", show_compile.proof_text(artifact)),
     ]
     rows += show_compile.placement_rows(result.journal)
     rows += raised.rows if raised is not None else []

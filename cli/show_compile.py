@@ -18,6 +18,7 @@ from . import show, show_trail
 from .options import Print
 
 if TYPE_CHECKING:
+    from fxq.artifact import Artifact
     from fxq.trail.journal import Journal, Step
 
 _PLACEMENT = "placement: "
@@ -140,6 +141,15 @@ def summary(rows: Sequence[tuple[str, str]], folder: str, commands: Sequence[str
     show.line()
     show.facts(rows, f"compiled to {folder}", "green")
     show.lines(["", *(f"  {command}" for command in commands)])
+
+
+def proof_text(artifact: Artifact) -> str:
+    """How many layers are exact on int8 kernels of every CPU, for people."""
+    layers = sum(entry.layer and entry.where == "int8" for entry in artifact.ledger.entries)
+    missing = len(artifact.unproven)
+    if not missing:
+        return f"{layers} of {layers} layers proven exact without VNNI"
+    return f"{layers - missing} of {layers} layers proven exact without VNNI, float64 for the rest"
 
 
 def placement_rows(journal: Journal) -> list[tuple[str, str]]:

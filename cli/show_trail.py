@@ -73,6 +73,12 @@ def reasons(found: Reasons, node: str | None, only: str | None) -> None:
         total = show.plural(found.nodes, "node")
         show.line(Text(f"in float: {len(found.in_float)} of {total}", style="bold"))
         show.lines(_reason(*entry) for entry in found.in_float)
+    if found.unproven:
+        title = (
+            f"computed in float64 on CPUs without VNNI: {show.plural(len(found.unproven), 'layer')}"
+        )
+        show.line(Text(title, style="bold"))
+        show.lines(_reason(*entry) for entry in found.unproven)
 
 
 def _refused(count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,11 +150,12 @@ def captured(name: str, input_shape: tuple[int, ...] | None = None) -> Program:
 
 @dataclass(frozen=True)
 class Reasons:
-    """What was refused, and why: ``(node, why)`` by pass."""
+    """What was refused, and why: ``(node, why)`` by pass; what stayed in float, or needs VNNI."""
 
     by_pass: dict[str, list[tuple[str, str]]]
     in_float: list[tuple[str, str]] | None = None
     nodes: int = 0
+    unproven: list[tuple[str, str]] = field(default_factory=list)
 
 
 def explain(
@@ -176,9 +177,18 @@ def explain(
     if only is not None:
         position = find_step(journal, only)
         steps = journal.steps[position - 1 : position] if position else []
-    show_trail.reasons(
-        _filtered(_reasons(steps, None if only is not None else ledger), node or "*"), node, only
-    )
+    found = _reasons(steps, None if only is not None else ledger)
+    if ledger is not None and only is None:
+        found = replace(found, unproven=_unproven(Path(name)))
+    show_trail.reasons(_filtered(found, node or "*"), node, only)
+
+
+def _unproven(folder: Path) -> list[tuple[str, str]]:
+    from fxq.run_folder import json_object
+
+    known = json_object(folder / "metadata.json").get("unproven")
+    pairs = known.items() if isinstance(known, dict) else ()
+    return [(str(name), str(why)) for name, why in pairs]
 
 
 def _reasons(steps: list[Step], ledger: Ledger | None) -> Reasons:
@@ -200,7 +210,7 @@ def _filtered(reasons: Reasons, glob: str) -> Reasons:
 
     in_float = None if reasons.in_float is None else kept(reasons.in_float)
     by_pass = {name: kept(items) for name, items in reasons.by_pass.items()}
-    return Reasons(by_pass, in_float, reasons.nodes)
+    return Reasons(by_pass, in_float, reasons.nodes, kept(reasons.unproven))
 
 
 def _structural_journal(name: str, recipe: str, input_shape: tuple[int, ...] | None) -> Journal:

@@ -22,6 +22,7 @@ from fxq.checksums import check_regular, check_seal, seal
 from fxq.errors import ArtifactError, UnknownNameError
 from fxq.integer.ledger import Ledger
 from fxq.integer.program import IntegerProgram
+from fxq.integer.saturation import unproven
 from fxq.notebook import artifact_html
 from fxq.registry import find_backend
 from fxq.run_folder import (
@@ -96,6 +97,11 @@ class Artifact:
             return self.ledger.simulated()
         return self.ledger.warnings(self.promised_coverage)
 
+    @property
+    def unproven(self) -> dict[str, str]:
+        """Layers that need VNNI to be exact on int8 kernels, and why; float64 does it elsewhere."""
+        return unproven(self.integers)
+
     def save(
         self,
         path: str | Path,
@@ -155,6 +161,7 @@ class Artifact:
             "torch": torch.__version__,
             "promised_coverage": self.promised_coverage,
             "simulation": self.simulation,
+            "unproven": self.unproven,
         }
 
 

@@ -54,7 +54,7 @@ class TeacherAndStudent:
         self.layers: dict[str, TrainableLayer] = {}
         self.quantizers: dict[str, TrainableQuantizer] = {}
         self._teacher = copy.deepcopy(program.module)
-        self._student = copy.deepcopy(program.module)
+        self._student = copy.deepcopy(program.module).requires_grad_(False)  # what stays in float
         for name in dict.fromkeys(str(n.target) for n in program.nodes() if n.op == "call_module"):
             self._replace(name)
         for node in program.nodes():

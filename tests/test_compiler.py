@@ -253,6 +253,16 @@ def test_checks_can_be_left_out() -> None:
     assert unchecked.journal[-1].total_sqnr is None
 
 
+def test_checks_teach_training_nothing() -> None:
+    """Ranges that follow the batches of a training do not follow the probe batch."""
+    checked, unchecked = (
+        quick(tiny_conv(), [X], "apot-4bit", check=check).module.state_dict()
+        for check in (True, False)
+    )
+    assert checked.keys() == unchecked.keys()
+    assert all(torch.equal(value, unchecked[name]) for name, value in checked.items())
+
+
 @pytest.mark.parametrize("build", [tiny_conv, tiny_depthwise])
 def test_eight_bits_are_close_to_float(build: Callable[[], nn.Module]) -> None:
     model = build()

@@ -57,6 +57,8 @@ class OnnxModule(nn.Module):
         """Every register that is a tensor of the model: codes, and the floats of islands."""
         self._check(inputs)
         tensors = self._tensors()
+        if not tensors:  # the output is the input
+            return dict(zip(self.program.inputs, inputs, strict=True))
         if self._tapped is None:
             self._tapped = Session(*_tapped(self.model, list(tensors.values())))
         found = self._tapped.run(inputs)

@@ -71,7 +71,7 @@ class Editor:
             after: The node whose value it reads.
         """
         target = self._target_of(module) or self._free_name(name)
-        self.program.module.add_submodule(target, module)
+        self.program.module.add_submodule(target, self._in_mode(module))
         with self.program.graph.inserting_after(after):
             node = self.program.graph.call_module(target, (after,))
         known = facts(after)
@@ -80,12 +80,12 @@ class Editor:
 
     def replace_module(self, node: fx.Node, module: nn.Module) -> None:
         """The node calls another module under the same name."""
-        self.program.module.set_submodule(str(node.target), module)
+        self.program.module.set_submodule(str(node.target), self._in_mode(module))
 
     def call_instead(self, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
         """A call of a new module stands where a function was called, and reads the same nodes."""
         target = self._free_name(name)
-        self.program.module.add_submodule(target, module)
+        self.program.module.add_submodule(target, self._in_mode(module))
         with self.program.graph.inserting_before(node):
             operands = (*node.args, *node.kwargs.values())
             read = tuple(value for value in operands if isinstance(value, fx.Node))
@@ -112,6 +112,10 @@ class Editor:
     def write_facts(self, node: fx.Node, **changes: Any) -> Facts:
         """Replace the given fields of a node's facts."""
         return write_facts(node, **changes)
+
+    def _in_mode(self, module: nn.Module) -> nn.Module:
+        """The module in the program's mode: a probe must not move what follows batches."""
+        return module.train(self.program.module.training)
 
     def _target_of(self, module: nn.Module) -> str | None:
         for name, child in self.program.module.named_children():

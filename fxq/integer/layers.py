@@ -186,10 +186,19 @@ def conv_geometry(layer: nn.Module) -> dict[str, Any]:
     }
 
 
-def could_overflow(module: QuantizedLayer) -> bool:
-    """Whether some input's products and bias could add up to more than 32 bits hold."""
-    codes = module.codes.flatten(1).to(torch.int32).abs()
-    return int(codes.sum(1, dtype=torch.int64).max()) * 255 + BIAS_LIMIT >= 2**31
+def could_overflow(module: QuantizedLayer, source: Grid, target: Grid | None) -> bool:
+    """Whether some input's products and bias, or the code they become, could leave 32 bits.
+
+    Args:
+        module: The layer.
+        source: The grid of its input.
+        target: The grid of its output; None where it writes floats.
+    """
+    codes, scale = room_for_bias(module.layer, module.codes, module.scale, module.bias, source)
+    sums = codes.flatten(1).double().abs().sum(1) * 255 + BIAS_LIMIT
+    unit = accumulator_scale(source.scale, scale).double()
+    largest = sums if target is None else sums * (unit / target.scale).clamp(min=1.0)
+    return bool((largest >= 2**31).any())
 
 
 def is_supported(module: nn.Module) -> bool:

@@ -167,9 +167,9 @@ class Lowering(Emission):
             return "its input is not quantized"
         if not isinstance(op.module, QuantizedLayer) or not is_supported(op.module):
             return "it was not quantized"
-        if source.rounded:
+        if source.grid is None or source.rounded:
             return source.rounded
-        if could_overflow(op.module):
+        if could_overflow(op.module, source.grid, None if target is None else target.grid):
             return "its sums could leave 32 bits"
         if target is not None or op.kind is not Kind.CONV:
             return ""

@@ -244,6 +244,17 @@ def reshape(step: Instruction, codes: Any, values: dict[str, Any]) -> Any:
     return getattr(codes, name)(*arguments, **keywords)
 
 
+def in_layout(values: torch.Tensor) -> torch.Tensor:
+    """The values with the strides that float islands find them in: images channels-last.
+
+    What an island sums depends on its kernel, and torch chooses kernels by strides: by those of
+    sizes of 1, too, which `torch.Tensor.contiguous` leaves alone.
+    """
+    image = torch.channels_last if values.dim() == 4 else torch.contiguous_format
+    result = torch.empty_like(values, memory_format=image)
+    return values if values.stride() == result.stride() else result.copy_(values)
+
+
 def _grid(step: Instruction) -> Grid:
     assert step.grid is not None
     return step.grid
@@ -256,7 +267,4 @@ def _to_codes(x: torch.Tensor, grid: Grid) -> torch.Tensor:
 def _to_float(codes: Any, grid: Grid) -> Any:
     if isinstance(codes, (tuple, list)):
         return type(codes)(_to_float(item, grid) for item in codes)
-    values = dequantize(codes, grid.scale, grid.zero_point)
-    # Kernels keep images channels-last, and what a float island sums depends on the layout.
-    is_image = values.dim() == 4
-    return values.contiguous(memory_format=torch.channels_last) if is_image else values
+    return in_layout(dequantize(codes, grid.scale, grid.zero_point))

@@ -90,8 +90,10 @@ def grid_from_range(
 ) -> tuple[Tensor | float, Tensor | int]:
     """A scale and zero point whose grid holds 0 exactly and reaches both ends within half a step.
 
-    Asymmetric codes are 0 .. 2**bits-1; the range is first extended to contain 0. Symmetric codes
-    are -q .. q with q = 2**(bits-1)-1, the zero point is 0 and both ends are covered.
+    Asymmetric codes are 0 .. 2**bits-1; the range is first extended to contain 0. One that is 0
+    alone becomes 0 .. 1: the smallest of scales would hold it, too, but the quotients of scales
+    that kernels multiply their sums by would leave 32 bits. Symmetric codes are -q .. q with
+    q = 2**(bits-1)-1, the zero point is 0 and both ends are covered.
 
     Args:
         low: [C], [] or a float, in the units of the tensor.
@@ -110,6 +112,8 @@ def grid_from_range(
         (1.333343505859375, 1)
         >>> grid_from_range(-1.0, 3.0, bits=2, symmetric=True)
         (3.0, 0)
+        >>> grid_from_range(0.0, 0.0, bits=1)
+        (1.0, 0)
     """
     qmin, qmax = code_range(bits, symmetric)
     bottom = torch.as_tensor(low, dtype=torch.float64)
@@ -120,6 +124,7 @@ def grid_from_range(
         zero_point = torch.zeros_like(scale)
     else:
         bottom, top = bottom.clamp(max=0), top.clamp(min=0)
+        top = torch.where(top > bottom, top, 1.0)
         scale = short_scale((top - bottom) / qmax)
         zero_point = torch.round(-bottom / scale).clamp(qmin, qmax)
     if isinstance(low, Tensor):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxq.backends import _kernels as kernels
 from fxq.backends.eager import EagerModule
@@ -127,3 +127,16 @@ def test_wide_layers_are_packed_in_parts() -> None:
     light = torch.ones(1, 2000, dtype=torch.int8)
     assert len(kernels.FloatLinear(light, bias, unit, relu=False)._parts) == 1
     assert len(kernels.FloatLinear(light, bias + 2**24, unit, relu=False)._parts) == 4
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 1, 1), (4, 1, 5, 3)])
+def test_float_layers_see_the_layout_of_the_reference(
+    shape: tuple[int, ...], integers, mismatches
+) -> None:
+    """Images of one pixel or one channel have two layouts at once; kernels write either."""
+    channels = shape[1]
+    net = nn.Sequential(
+        nn.Conv2d(channels, channels, 1), nn.GroupNorm(1, channels), nn.Conv2d(channels, 2, 1)
+    )
+    x = torch.randn(shape)
+    assert mismatches(integers(net, x).artifact.integers, x * 1.5) == {}

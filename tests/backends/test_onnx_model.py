@@ -226,6 +226,14 @@ def test_cpus_that_saturate_get_exact_products(
         assert torch.equal(exported(result)(images), expected)
 
 
+def test_a_network_that_computes_nothing(
+    integers: Callable[..., Result], images: torch.Tensor
+) -> None:
+    module = exported(integers(nn.Identity(), images))
+    assert torch.equal(module(images), images)
+    assert list(module.registers(images)) == ["input_1"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -85,9 +85,16 @@ def test_dead_channels_keep_their_bias() -> None:
 def test_overflow_is_foreseen() -> None:
     wide = nn.Linear(66312, 1)
     worst = quantized(wide, torch.full((1, 66312), 127, dtype=torch.int8), 0.5)
-    assert could_overflow(worst)
+    assert could_overflow(worst, Grid(1.0, 0, 8), None)
     narrow = quantized(nn.Linear(60000, 1), torch.full((1, 60000), 127, dtype=torch.int8), 0.5)
-    assert not could_overflow(narrow)
+    assert not could_overflow(narrow, Grid(1.0, 0, 8), None)
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, False), (2.0**-8, True)])
+def test_codes_beyond_32_bits_are_foreseen(scale: float, expected: bool) -> None:
+    """Sums of up to 2**23 and a bias as large, in steps that are a part of their unit."""
+    module = quantized(nn.Linear(260, 1), torch.full((1, 260), 127, dtype=torch.int8), 1.0)
+    assert could_overflow(module, Grid(1.0, 0, 8), Grid(scale, 0, 8)) is expected
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ def test_asymmetric_grid_holds_zero_and_reaches_the_ends(
     slack = scale * (0.5 + 1e-6)
     assert scale * (0 - zero_point) <= min(low, 0) + slack
     assert scale * (steps - zero_point) >= max(high, 0) - slack
-    assert scale <= max((max(high, 0) - min(low, 0)) / steps * (1 + 2**-15), MIN_SCALE)
+    reached = (max(high, 0) - min(low, 0)) or 1.0
+    assert scale <= max(reached / steps * (1 + 2**-15), MIN_SCALE)
 
 
 def test_grid_per_channel_equals_each_channel_alone() -> None:
