@@ -131,10 +131,14 @@ def test_explain_a_network_without_data(fxq: Fxq, write: Callable[..., Path]) ->
 
 
 def test_explain_a_run(fxq: Fxq, digits_run: Path) -> None:
-    assert fxq("explain", str(digits_run)).out.splitlines() == [
+    lines = fxq("explain", str(digits_run)).out.splitlines()
+    assert lines[:3] == [
         "no pass refused anything",
         "in float: 0 of 17 nodes",
+        "computed in float64 on CPUs without VNNI: 5 layers",
     ]
+    assert lines[3].startswith("  %conv1: two weights add up to ")
+    assert len(lines) == 8
 
 
 # ---- eval and bench ----------------------------------------------------------------------------
