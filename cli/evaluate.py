@@ -48,7 +48,8 @@ def run(
         module, about = _parts(Path(name), model or _model_file(data), chosen)
     else:
         module, about = _whole(name, chosen)
-    evaluation = _evaluation(about, data or _model_file(model), limit, batch_size, normalization)
+    own = None if about.get("data") else _model_file(model)
+    evaluation = _evaluation(about, data or own, limit, batch_size, normalization)
     with Meter() as meter:
         measured = evaluation.measure(module, meter)
     score(evaluation.source, str(measured))
@@ -82,7 +83,12 @@ def _parts(folder: Path, spec: str | None, engine: str | None) -> tuple[nn.Modul
             hint=f"pass --model {known}, if that is the file you compiled",
         )
     weights = Path(str(about.get("weights", "")))
-    subject = load_subject(chosen, weights=weights if weights.is_file() else None)
+    seed = about.get("seed")
+    subject = load_subject(
+        chosen,
+        weights=weights if weights.is_file() else None,
+        seed=seed if isinstance(seed, int) else 0,
+    )
     return load_parts(folder, subject.model.module, engine=engine), about
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 RANDOM = "random"
 DEFAULT_IMAGES = 512
+DETECTOR_BATCH = 4
+"""Images that a detector is given at a time at most: it scales each to about a megapixel."""
+
+TASKS = ("classification", "segmentation", "detection")
 
 
 def zoo() -> Any:
@@ -41,6 +45,11 @@ class Subject:
     def shape(self) -> tuple[int, ...]:
         """Shape of its first input; empty where that is no tensor."""
         return tuple(getattr(self.model.example_inputs[0], "shape", ()))
+
+    @property
+    def takes_list(self) -> bool:
+        """Whether its input is a list of images, as of detectors."""
+        return isinstance(self.model.example_inputs[0], list)
 
     @property
     def builtin(self) -> str:
@@ -101,7 +110,7 @@ class _Images:
         return -(-self._limit // self._batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        return (images for images, _ in self.labelled())
+        return ((images,) for images, _ in self.labelled())
 
     def labelled(self) -> Iterator[tuple[Any, Any]]:
         """The same images with their labels, batch by batch."""
@@ -131,10 +140,10 @@ class _Drawn:
 
 
 class _Noise:
-    """Inputs drawn from N(0, 1) in the shape of the example."""
+    """Inputs drawn from N(0, 1) in the shape of the example; lists of images evenly from 0 to 1."""
 
-    def __init__(self, shape: tuple[int, ...], batch_size: int, limit: int, seed: int) -> None:
-        self._shape, self._batch_size, self._limit, self._seed = shape, batch_size, limit, seed
+    def __init__(self, example: Any, batch_size: int, limit: int, seed: int) -> None:
+        self._example, self._batch_size, self._limit, self._seed = example, batch_size, limit, seed
 
     def __len__(self) -> int:
         return -(-self._limit // self._batch_size)
@@ -145,7 +154,11 @@ class _Noise:
         generator = torch.Generator().manual_seed(self._seed)
         for start in range(0, self._limit, self._batch_size):
             count = min(self._batch_size, self._limit - start)
-            yield (torch.randn(count, *self._shape[1:], generator=generator),)
+            if isinstance(self._example, list):
+                shape = self._example[0].shape
+                yield ([torch.rand(shape, generator=generator) for _ in range(count)],)
+            else:
+                yield (torch.randn(count, *self._example.shape[1:], generator=generator),)
 
 
 def calibration_of(
@@ -173,14 +186,9 @@ def calibration_of(
         DataError: It cannot be read as images of the network's shape.
     """
     limit = images or default
+    batch_size = min(batch_size, DETECTOR_BATCH) if subject.takes_list else batch_size
     if data == RANDOM:
-        if len(subject.model.example_inputs) != 1 or len(subject.shape) < 2:
-            raise CalibrationError(
-                "random calibration needs a network with one tensor as its input",
-                where=subject.model.spec,
-                hint="define calibration_data in the model file",
-            )
-        noise = _Noise(subject.shape, batch_size, limit, seed)
+        noise = _Noise(_random_example(subject), batch_size, limit, seed)
         return Batches(f"{limit} random inputs", RANDOM, noise)
     if data is None and subject.model.calibration_data is not None:
         own = subject.model.calibration_data
@@ -191,7 +199,7 @@ def calibration_of(
     if own_data is not None:
         drawn = _Drawn(own_data, batch_size, limit, seed)
         return Batches(described(min(limit, len(own_data)), own_data), "", drawn)
-    opened = open_data(subject, data, "train")
+    opened = open_data(subject, data, "train", TASKS)
     if opened is None:
         raise CalibrationError(
             "there is no calibration data",
@@ -201,6 +209,22 @@ def calibration_of(
         )
     source = described(min(limit, len(opened)), opened)
     return Batches(source, data or subject.builtin, _Images(opened, batch_size, limit, seed))
+
+
+def _random_example(subject: Subject) -> Any:
+    """What random inputs look like.
+
+    Raises:
+        CalibrationError: The network takes something else than a tensor or a list of images.
+    """
+    inputs = subject.model.example_inputs
+    if len(inputs) != 1 or not (subject.takes_list or len(subject.shape) >= 2):
+        raise CalibrationError(
+            "random calibration needs a network with one tensor as its input, or a list of images",
+            where=subject.model.spec,
+            hint="define calibration_data in the model file",
+        )
+    return inputs[0]
 
 
 def own_train_data(subject: Subject) -> Any:
@@ -245,20 +269,59 @@ class _Some:
             done += len(first) if isinstance(first, Sized) else 1
 
 
-def open_data(subject: Subject, data: str | None, split: str) -> Any:
-    """The labelled images at a path, else those inside the package; None where there are neither.
+def open_data(
+    subject: Subject, data: str | None, split: str, tasks: Sequence[str] = TASKS[:1]
+) -> Any:
+    """The images at a path, else those inside the package; None where there are neither.
+
+    Args:
+        subject: The network.
+        data: A path, whose layout decides between labels, masks and boxes; or None.
+        split: ``"train"`` or ``"test"``.
+        tasks: What the images may be for.
 
     Raises:
-        DataError: They cannot be read as images of the network's shape.
+        DataError: They cannot be read as images of the network's shape, or are for another task.
     """
     if data is None:
         return zoo().builtin_data(subject.builtin, split) if subject.builtin else None
+    task = zoo().task_of(data)
+    if task not in tasks:
+        raise DataError(
+            f"these are images for {task}, where {' or '.join(tasks)} is needed", where=data
+        )
+    if task == "detection":
+        return _boxes(subject, data, split)
+    normalization = _normalization(subject, data)
+    read = zoo().open_voc if task == "segmentation" else zoo().open_images
+    return read(data, normalization=normalization, size=subject.shape[-1], split=split)
+
+
+def _boxes(subject: Subject, data: str, split: str) -> Any:
+    if subject.shape:
+        raise DataError(
+            f"images with boxes need a network that takes a list of images, not "
+            f"{list(subject.shape)}",
+            where=data,
+            hint="detectors of `fxq models torchvision` do; in a model file, define "
+            "example_inputs = ([image],)",
+        )
+    return zoo().open_coco(data, split=split)
+
+
+def _normalization(subject: Subject, data: str) -> Normalization:
+    """How pixels become the network's input of square images.
+
+    Raises:
+        FxqError: It takes something else, or nobody says.
+    """
     shape = subject.shape
     if len(shape) != 4 or shape[2] != shape[3]:
         raise DataError(
             f"images need a network that takes [N, C, H, H], not {list(shape)}",
             where=data,
-            hint="define calibration_data and eval_data in the model file",
+            hint="define calibration_data and eval_data in the model file; detectors read folders "
+            "as COCO's",
         )
     if subject.normalization is None:
         raise FxqError(
@@ -273,7 +336,7 @@ def open_data(subject: Subject, data: str | None, split: str) -> Any:
             f"{shape[1]}",
             where=subject.model.spec,
         )
-    return zoo().open_images(data, normalization=subject.normalization, size=shape[-1], split=split)
+    return subject.normalization
 
 
 def renormalized(subject: Subject, normalization: Normalization | None) -> Subject:

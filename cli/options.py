@@ -183,8 +183,8 @@ Calibration = Annotated[
         metavar="DATA",
         show_default=False,
         rich_help_panel=_DATA,
-        help="Images to calibrate on: an .npz, a CIFAR-10 folder or a folder of class folders; "
-        "or `random`, for trying speed and structure only",
+        help="Images to calibrate on: an .npz, or a folder of CIFAR-10, class folders, VOC or "
+        "COCO; or `random`, for trying speed and structure only",
     ),
 ]
 Images = Annotated[

@@ -1,4 +1,4 @@
-"""How good a network is: top-1 accuracy with counts, or what the model file measures itself."""
+"""How good a network is: top-1 with counts, mean IoU, mean AP, or what its file measures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxq.errors import DataError, FxqError
 
-from .load import Subject, described, open_data, zoo
+from .load import DETECTOR_BATCH, TASKS, Subject, described, open_data, zoo
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,21 +26,26 @@ class Score:
     Attributes:
         correct: Right answers, where answers were counted.
         total: Answers in all; 0 where something else was measured.
-        values: What the model file's ``evaluate`` returned, by name.
+        values: What else was measured, by name.
+        in_percent: Whether the values are per cent.
 
     Example:
         >>> str(Score(3, 4)), str(Score(values={"psnr": 31.25}))
         ('75.00 % (3 of 4)', 'psnr 31.25')
+        >>> str(Score(values={"mIoU": 63.1}, in_percent=True))
+        'mIoU 63.10 %'
     """
 
     correct: int = 0
     total: int = 0
     values: Mapping[str, float] = field(default_factory=dict)
+    in_percent: bool = False
 
     def __str__(self) -> str:
         if self.total:
             return f"{100 * self.correct / self.total:.2f} % ({self.correct} of {self.total})"
-        return ", ".join(f"{name} {value:g}" for name, value in self.values.items())
+        shown = "{} {:.2f} %" if self.in_percent else "{} {:g}"
+        return ", ".join(shown.format(name, value) for name, value in self.values.items())
 
     def to_json(self) -> dict[str, Any]:
         """The score as JSON-ready data."""
@@ -61,7 +66,8 @@ def difference(before: Score, after: Score) -> str:
         points = 100 * (after.correct / after.total - before.correct / before.total)
         return f"{points:+.2f} points".replace("-", "−")
     common = [name for name in before.values if name in after.values]
-    changes = [f"{name} {after.values[name] - before.values[name]:+g}" for name in common]
+    shown = "{} {:+.2f} points" if before.in_percent else "{} {:+g}"
+    changes = [shown.format(name, after.values[name] - before.values[name]) for name in common]
     return ", ".join(changes).replace("-", "−")
 
 
@@ -93,23 +99,33 @@ def evaluation_of(
         return Evaluation("evaluate() of the model file", "", _own_measure(model.evaluate))
     if data is None and model.eval_data is not None:
         return Evaluation("eval_data of the model file", "", _counting(model.eval_data, limit))
-    images = open_data(subject, data, "test")
+    images = open_data(subject, data, "test", TASKS)
     if images is None:
         return None
     count = len(images) if limit is None else min(limit, len(images))
     return Evaluation(
-        described(count, images), data or subject.builtin, _top1(images, limit, batch_size)
+        described(count, images), data or subject.builtin, _measure(images, limit, batch_size)
     )
 
 
-def _top1(
+def _measure(
     images: Any, limit: int | None, batch_size: int
 ) -> Callable[[nn.Module, Progress | None], Score]:
+    """What suits the images: of labels top-1, of masks mean IoU, of boxes mean precision."""
+    task = getattr(images, "task", "classification")
+
     def measure(module: nn.Module, progress: Progress | None = None) -> Score:
         def tell(done: int, total: int) -> None:
             if progress is not None:
                 progress("evaluate", done, total)
 
+        if task == "detection":
+            at_a_time = min(batch_size, DETECTOR_BATCH)
+            values = zoo().evaluate_map(module, images, at_a_time, tell, limit=limit)
+            return Score(values=values, in_percent=True)
+        if task == "segmentation":
+            values = zoo().evaluate_iou(module, images, batch_size, tell, limit=limit)
+            return Score(values=values, in_percent=True)
         found = zoo().evaluate_top1(module, images, batch_size, tell, limit=limit)
         return Score(found.correct, found.total)
 

@@ -94,7 +94,7 @@ def inputs_of(
         own = getattr(model, name)
         if chosen is None and own is not None:
             return Inputs(f"{name} of the model file", _Batches(own, name, wanted), limit)
-    images = open_data(subject, chosen, "test")
+    images = open_data(subject, chosen, "test", ("classification", "segmentation"))
     if images is not None:
         count = min(limit, len(images))
         batches = ((batch,) for batch, _ in images.batches(batch_size, limit=count))

@@ -9,18 +9,23 @@ classification or segmentation network needs is plain Python.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import library
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _OPERATORS = ("nms", "qnms")
+_REGIONS = 64
 _fragments: list[library.Library] = []  # an operator lives as long as what defined it
 
 
@@ -46,8 +51,9 @@ def prepare_torchvision() -> bool:
 def import_torchvision() -> ModuleType:
     """The torchvision package, imported after ``prepare_torchvision``.
 
-    Where the operators are ours, ``torchvision.ops.nms`` is told that they exist, so that detection
-    networks run as well.
+    Where the operators are ours, ``torchvision.ops.nms`` is told that they exist, and ``roi_align``
+    computes in torch's operators as they are, a few regions at a time, so that detection networks
+    run as well: torchvision would have torch.compile translate it to C++ first, for minutes.
 
     Raises:
         ImportError: If torchvision is not installed.
@@ -57,6 +63,8 @@ def import_torchvision() -> ModuleType:
     if prepared:
         boxes = importlib.import_module("torchvision.ops.boxes")
         vars(boxes)["_assert_has_ops"] = _nothing_to_assert
+        regions = importlib.import_module("torchvision.ops.roi_align")
+        vars(regions)["_roi_align"] = _in_pieces(inspect.unwrap(vars(regions)["_roi_align"]))
     return torchvision
 
 
@@ -126,6 +134,18 @@ def _extension_path(folder: Path) -> str:
     if spec is None or spec.origin is None:
         raise ImportError(f"no extension in {folder}")
     return spec.origin
+
+
+def _in_pieces(roi_align: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function, on a few regions at a time: it holds all they read in memory at once."""
+
+    @functools.wraps(roi_align)
+    def in_pieces(images: torch.Tensor, rois: torch.Tensor, *options: Any) -> torch.Tensor:
+        return torch.cat(
+            [roi_align(images, piece, *options) for piece in torch.split(rois, _REGIONS)]
+        )
+
+    return in_pieces
 
 
 def _nothing_to_assert() -> None:

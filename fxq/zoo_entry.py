@@ -62,6 +62,7 @@ class ZooEntry:
         normalization: How image bytes become its input; None where the input is no image.
         arguments: Positional arguments of the factory.
         tokens: Number of tokens, where the input is whole numbers from 0; 0 where it is real.
+        takes_list: Whether the input is a list of images ``[C, H, W]`` in 0..1, as of detectors.
     """
 
     name: str
@@ -74,14 +75,15 @@ class ZooEntry:
     normalization: Normalization | None = None
     arguments: tuple[str | int | float | bool, ...] = ()
     tokens: int = 0
+    takes_list: bool = False
 
     @property
     def size(self) -> int:
         """Side of the square input image in pixels; for a vector input, its length."""
         return self.input_shape[-1]
 
-    def example(self, seed: int = 0) -> torch.Tensor:
-        """One example batch of ``input_shape``: from N(0, 1), or tokens drawn evenly.
+    def example(self, seed: int = 0) -> torch.Tensor | list[torch.Tensor]:
+        """One example batch of ``input_shape``: from N(0, 1); tokens or listed images evenly.
 
         Args:
             seed: Where it is drawn from.
@@ -91,6 +93,8 @@ class ZooEntry:
         generator = torch.Generator().manual_seed(seed)
         if self.tokens:
             return torch.randint(self.tokens, self.input_shape, generator=generator)
+        if self.takes_list:
+            return list(torch.rand(self.input_shape, generator=generator))
         return torch.randn(self.input_shape, generator=generator)
 
     def build(self, seed: int | None = 0) -> torch.nn.Module:

@@ -1,8 +1,8 @@
 """Networks, weights and image data that fxq brings along, by name.
 
 ``CATALOG`` lists our own networks without importing torch; ``lookup`` also knows every
-classification and segmentation network of torchvision as ``torchvision/NAME``. Everything else
-here is imported when first asked for.
+classification, segmentation and detection network of torchvision as ``torchvision/NAME``.
+Everything else here is imported when first asked for.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ if TYPE_CHECKING:
         resnet110_a,
     )
     from .cifar_vgg import vgg11
+    from .coco_folder import DetectionData, open_coco
     from .datasets import ImageData, open_images
     from .digits import digits_convnet
+    from .layouts import task_of
+    from .mean_average_precision import evaluate_map
+    from .mean_iou import evaluate_iou
     from .mlperf_tiny import resnet8
     from .mobilenet import mobilenet_v1, mobilenet_v2
     from .sequence_recurrent import gru, lstm
@@ -41,18 +45,23 @@ if TYPE_CHECKING:
     from .sequences import SequenceData, sequence_data
     from .tiny import tiny_concat, tiny_conv, tiny_depthwise, tiny_mlp, tiny_residual
     from .torchvision_models import torchvision_model, torchvision_names
+    from .voc_folder import SegmentationData, open_voc
     from .weights import load_weights
 
 __all__ = [
     "CATALOG",
     "Accuracy",
+    "DetectionData",
     "ImageData",
     "Normalization",
+    "SegmentationData",
     "SequenceData",
     "ZooEntry",
     "alexnet",
     "builtin_data",
     "digits_convnet",
+    "evaluate_iou",
+    "evaluate_map",
     "evaluate_top1",
     "gru",
     "load_weights",
@@ -60,7 +69,9 @@ __all__ = [
     "lstm",
     "mobilenet_v1",
     "mobilenet_v2",
+    "open_coco",
     "open_images",
+    "open_voc",
     "resnet8",
     "resnet20",
     "resnet20_a",
@@ -73,6 +84,7 @@ __all__ = [
     "resnet110",
     "resnet110_a",
     "sequence_data",
+    "task_of",
     "tiny_concat",
     "tiny_conv",
     "tiny_depthwise",
@@ -90,8 +102,12 @@ _HOMES = {
     "cifar_alexnet": ("alexnet",),
     "cifar_resnet": tuple(f"resnet{d}{o}" for d in (20, 32, 44, 56, 110) for o in ("", "_a")),
     "cifar_vgg": ("vgg11",),
+    "coco_folder": ("DetectionData", "open_coco"),
     "datasets": ("ImageData", "open_images"),
     "digits": ("digits_convnet",),
+    "layouts": ("task_of",),
+    "mean_average_precision": ("evaluate_map",),
+    "mean_iou": ("evaluate_iou",),
     "mlperf_tiny": ("resnet8",),
     "mobilenet": ("mobilenet_v1", "mobilenet_v2"),
     "sequence_recurrent": ("gru", "lstm"),
@@ -99,6 +115,7 @@ _HOMES = {
     "sequences": ("SequenceData", "sequence_data"),
     "tiny": ("tiny_concat", "tiny_conv", "tiny_depthwise", "tiny_mlp", "tiny_residual"),
     "torchvision_models": ("torchvision_model", "torchvision_names"),
+    "voc_folder": ("SegmentationData", "open_voc"),
     "weights": ("load_weights",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,23 +61,31 @@ def evaluate_top1(
     """
     count = len(data) if limit is None else min(limit, len(data))
     correct = total = done = 0
-    device = _device(module)
+    device = device_of(module)
+    with inference(module):
+        for inputs, labels in data.batches(batch_size, limit=limit):
+            correct += _count_correct(module(inputs.to(device)), labels, data.name)
+            total, done = total + labels.numel(), done + len(labels)
+            if progress is not None:
+                progress(done, count)
+    return Accuracy(correct, total)
+
+
+@contextlib.contextmanager
+def inference(module: nn.Module) -> Iterator[None]:
+    """The network is in eval mode and keeps no gradients; afterwards its flags are as before."""
     training = {child for child in module.modules() if child.training}
     module.eval()
     try:
         with torch.no_grad():
-            for inputs, labels in data.batches(batch_size, limit=limit):
-                correct += _count_correct(module(inputs.to(device)), labels, data.name)
-                total, done = total + labels.numel(), done + len(labels)
-                if progress is not None:
-                    progress(done, count)
+            yield
     finally:
         for child in training:
             child.training = True
-    return Accuracy(correct, total)
 
 
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Where its first tensor is."""
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         return tensor.device
     return torch.device("cpu")

@@ -20,7 +20,7 @@ from fxq.zoo_entry import Normalization
 
 from .cifar_folder import cifar_batch_files, is_cifar_batch, open_cifar_batches
 from .class_folder import open_class_folder, split_folder
-from .image_source import ImageSource
+from .image_source import ImageSource, Pixels
 from .npz_images import open_npz
 
 
@@ -37,8 +37,6 @@ class ImageData:
     def __init__(self, source: ImageSource, normalization: Normalization) -> None:
         self._source = source
         self.normalization = normalization
-        self._mean = torch.tensor(normalization.mean).view(-1, 1, 1)
-        self._std = torch.tensor(normalization.std).view(-1, 1, 1)
 
     @property
     def name(self) -> str:
@@ -111,8 +109,14 @@ class ImageData:
         return f"{self.name}: {len(self)} images {channels}x{height}x{width}, {classes} classes"
 
     def _images(self, indices: npt.NDArray[np.int64]) -> Tensor:
-        pixels = torch.from_numpy(self._source.pixels(indices)).to(torch.float32)
-        return pixels.div_(255).sub_(self._mean).div_(self._std)
+        return normalized(self._source.pixels(indices), self.normalization)
+
+
+def normalized(pixels: Pixels, normalization: Normalization) -> Tensor:
+    """Pixels ``[N, C, H, W]`` as float32 network input of the same shape."""
+    mean = torch.tensor(normalization.mean).view(-1, 1, 1)
+    std = torch.tensor(normalization.std).view(-1, 1, 1)
+    return torch.from_numpy(pixels).to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def drawn(

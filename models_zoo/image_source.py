@@ -102,13 +102,33 @@ def decode(encoded: bytes | Path, shape: Shape, where: str) -> Pixels:
         DataError: If Pillow cannot read it.
     """
     channels, _, size = shape
+    return planes(_fitted(read_image(encoded, "L" if channels == 1 else "RGB", where), size))
+
+
+def read_image(encoded: bytes | Path, mode: str | None, where: str) -> Image.Image:
+    """The image as it is stored, all of it decoded.
+
+    Args:
+        encoded: A file in memory, or its path.
+        mode: What Pillow calls its channels, ``"L"`` or ``"RGB"``; None leaves them.
+        where: What a message calls the image.
+
+    Raises:
+        DataError: If there is no such file, or Pillow cannot read it.
+    """
     stream = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
     try:
         with Image.open(stream, formats=_FORMATS) as image:
-            plain = image.convert("L" if channels == 1 else "RGB")
+            return image.copy() if mode is None else image.convert(mode)
+    except FileNotFoundError as error:
+        raise DataError("there is no such image", where=where) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"the image cannot be decoded: {error}", where=where) from error
-    array = np.array(_fitted(plain, size), dtype=np.uint8).reshape(size, size, channels)
+
+
+def planes(image: Image.Image) -> Pixels:
+    """``[C, H, W]``: the pixels of a grey or an RGB image."""
+    array = np.array(image, dtype=np.uint8).reshape(image.height, image.width, -1)
     return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 

@@ -1,4 +1,4 @@
-"""Every classification and segmentation network of torchvision by name, untrained.
+"""Every classification, segmentation and detection network of torchvision by name, untrained.
 
 Reference:
     https://pytorch.org/vision/stable/models.html
@@ -20,7 +20,13 @@ _OPTIONS: dict[str, dict[str, object]] = {
     "googlenet": {"init_weights": False, "aux_logits": False},
     "inception_v3": {"init_weights": False},
 }
-_SIZES = {"inception_v3": 299}
+_SIZES = {
+    "inception_v3": 299,
+    "ssd300_vgg16": 300,
+    "ssdlite320_mobilenet_v3_large": 320,
+    "fasterrcnn_mobilenet_v3_large_320_fpn": 320,
+}
+_SIDES = {"classification": 224, "segmentation": 224, "detection": 800}
 
 
 def torchvision_model(name: str) -> nn.Module:
@@ -34,12 +40,11 @@ def torchvision_model(name: str) -> nn.Module:
         name: torchvision's name, for example ``"resnet50"``.
 
     Raises:
-        UnknownNameError: If torchvision has no such classification or segmentation network.
+        UnknownNameError: If torchvision has no such network.
         DataError: If torchvision is not installed.
     """
-    _check_name(name)
     options = dict(_OPTIONS.get(name, {}))
-    if name in _segmentation_names():
+    if _task(name) != "classification":
         options["weights_backbone"] = None
     network: nn.Module = _models().get_model(name, weights=None, **options)
     return network.eval()
@@ -49,47 +54,53 @@ def torchvision_entry(name: str) -> ZooEntry:
     """The zoo entry ``torchvision/NAME``.
 
     Raises:
-        UnknownNameError: If torchvision has no such classification or segmentation network.
+        UnknownNameError: If torchvision has no such network.
         DataError: If torchvision is not installed.
     """
-    _check_name(name)
-    size = _SIZES.get(name, 224)
-    kind = "segmentation" if name in _segmentation_names() else "classification"
+    task = _task(name)
+    size = _SIZES.get(name, _SIDES[task])
     return ZooEntry(
         name=f"torchvision/{name}",
         factory="fxq.models_zoo.torchvision_models:torchvision_model",
         input_shape=(1, 3, size, size),
-        summary=f"torchvision's {kind} network {name}",
-        normalization=IMAGENET,
+        summary=f"torchvision's {task} network {name}",
+        normalization=None if task == "detection" else IMAGENET,  # detectors have it inside
         arguments=(name,),
+        takes_list=task == "detection",
     )
 
 
 def torchvision_names() -> tuple[str, ...]:
-    """Names of all classification and segmentation networks, sorted, without ``torchvision/``.
+    """Names of all these networks, sorted, without ``torchvision/``.
 
     Raises:
         DataError: If torchvision is not installed.
     """
-    return tuple(sorted({*_classification_names(), *_segmentation_names()}))
+    return tuple(sorted(_tasks()))
 
 
-def _check_name(name: str) -> None:
-    known = torchvision_names()
-    if name not in known:
-        raise UnknownNameError("torchvision network", name, known)
+def _task(name: str) -> str:
+    """What a network is for.
+
+    Raises:
+        UnknownNameError: If torchvision has no such network.
+    """
+    tasks = _tasks()
+    if name not in tasks:
+        raise UnknownNameError("torchvision network", name, tasks)
+    return tasks[name]
 
 
 @functools.cache
-def _classification_names() -> frozenset[str]:
+def _tasks() -> dict[str, str]:
+    """What each network is for, by name."""
     models = _models()
-    return frozenset(models.list_models(module=models))
-
-
-@functools.cache
-def _segmentation_names() -> frozenset[str]:
-    models = _models()
-    return frozenset(models.list_models(module=models.segmentation))
+    homes = {
+        "classification": models,
+        "segmentation": models.segmentation,
+        "detection": models.detection,
+    }
+    return {name: task for task, home in homes.items() for name in models.list_models(module=home)}
 
 
 def _models() -> ModuleType:

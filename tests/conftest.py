@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from fxq.contracts import relative_error
@@ -94,6 +97,66 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"there is no data in {folder}; set FXQ_DATA")
     return folder
+
+
+@pytest.fixture
+def write_voc(tmp_path: Path) -> Callable[..., Path]:
+    """Call it as ``write_voc({"a": mask})``: images with these masks, in VOC's folders.
+
+    An image has the grey ``40 * class``, and black where the mask says 255.
+    """
+
+    def write(masks: Mapping[str, Any], split: str = "val", folder: str = "voc") -> Path:
+        root = tmp_path / folder
+        images, classes = root / "JPEGImages", root / "SegmentationClass"
+        lists = root / "ImageSets" / "Segmentation"
+        for place in (images, classes, lists):
+            place.mkdir(parents=True, exist_ok=True)
+        for name, mask in masks.items():
+            stored = Image.fromarray(np.asarray(mask, dtype=np.uint8))
+            grey = stored.point(lambda value: 0 if value == 255 else 40 * value)
+            grey.convert("RGB").save(images / f"{name}.jpg", quality=100, subsampling=0)
+            stored.putpalette(list(range(256)) * 3)
+            stored.save(classes / f"{name}.png")
+        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in masks))
+        return root
+
+    return write
+
+
+@pytest.fixture
+def write_coco(tmp_path: Path) -> Callable[..., Path]:
+    """Call it as ``write_coco([[(x, y, w, h, category)], …])``: an image per list of boxes.
+
+    A box is bright in an otherwise black image; a sixth number says whether it is around a crowd.
+    """
+
+    def write(
+        images: Sequence[Sequence[tuple[int, ...]]],
+        split: str = "val2017",
+        folder: str = "coco",
+        sizes: Sequence[tuple[int, int]] = ((64, 48),),
+    ) -> Path:
+        root = tmp_path / folder
+        (root / "annotations").mkdir(parents=True, exist_ok=True)
+        (root / split).mkdir()
+        found: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
+        for index, boxes in enumerate(images):
+            width, height = sizes[index % len(sizes)]
+            pixels = np.zeros((height, width, 3), dtype=np.uint8)
+            image = {"id": 1000 - index, "file_name": f"{index}.png"}
+            found["images"].append({**image, "width": width, "height": height})
+            for x, y, w, h, category, *crowd in boxes:
+                pixels[y : y + h, x : x + w] = 250
+                item = {"image_id": image["id"], "category_id": category, "bbox": [x, y, w, h]}
+                outline = {"segmentation": [[x, y, x + w, y, x + w, y + h]], "area": w * h}
+                found["annotations"].append({**item, **outline, "iscrowd": sum(crowd)})
+            Image.fromarray(pixels).save(root / split / f"{index}.png")
+        found["annotations"].reverse()  # not in the order of the images
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(found))
+        return root
+
+    return write
 
 
 # ---- one pass --------------------------------------------------------------------------------

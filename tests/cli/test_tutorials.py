@@ -21,7 +21,7 @@ import pytest
 from fxq import registry
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("tutorial-4-bits", "tutorial-a-pass", "parts")
+PAGES = ("tutorial-4-bits", "tutorial-a-pass", "parts", "metrics")
 BLOCK = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.M | re.S)
 TIME = re.compile(r"\d+\.\d+ s\b")
 
