@@ -120,8 +120,9 @@ def test_awkward_values(one: Any, kind: str, quantized: Any, deep: Any, images: 
     assert bool(output.isfinite().all())
     for quantizer in done.quantizers.values():
         assert bool((quantizer.scale > 0).all())
-    if kind == "silenced":
-        assert done.ranges["relu_quantizer"][1] < 1e-9
+    if kind == "silenced":  # the end is 0, or 1 where the range was 0 alone
+        end = done.ranges["relu_quantizer"][1]
+        assert min(abs(end), abs(end - 1)) < 1e-4
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
