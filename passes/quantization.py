@@ -110,13 +110,15 @@ class Quantization(Pass):
     def _quantize_values(
         self, program: Program, edit: Editor, regions: Regions, places: list[list[Place]]
     ) -> None:
+        alone = [group[0] for group in places if len(group) == 1]
+        # Asked before anything is inserted: the regions are those of the observed graph.
+        feeding = {place.observer for place in alone if self._feeds_adds(regions, place)}
         for group in places:
             edit.current = group[0].observer
             observer = program.submodule(group[0].observer)
             assert isinstance(observer, Observer)
             quantizer = self.quantizer(observer, group[0])
-            is_alone = len(group) == 1 and not _is_dynamic(quantizer)
-            if is_alone and self._feeds_adds(regions, group[0]):
+            if group[0].observer in feeding and not _is_dynamic(quantizer):
                 self._split(program, edit, observer, group[0], quantizer)
                 continue
             for place in group:

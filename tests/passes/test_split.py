@@ -229,6 +229,21 @@ def test_codes_are_requantized_the_same_everywhere(name: str) -> None:
             assert torch.equal(found, want)
 
 
+@pytest.mark.parametrize("recipe", ["minmax-int8", "aciq-4bit"])
+def test_a_pooled_value_that_is_joined_to_an_earlier_one(recipe: str) -> None:
+    """The pooled value has the scale of the earlier one, and gets its quantizer with it."""
+
+    def forward(m: Any, y: Tensor) -> Any:
+        early, late = torch.relu(m.b(y)), torch.relu(m.a(y))
+        joined = torch.cat([F.max_pool2d(early, 2), F.max_pool2d(late, 2)], 1)
+        return m.wide(joined), m.head(late)
+
+    artifact = fxq.compile(Net(forward), IMAGES[:1], recipe, calibration=[IMAGES]).artifact
+    assert artifact.ledger.coverage() == 1
+    for found, wanted in zip(artifact(IMAGES), Reference(artifact.integers)(IMAGES), strict=True):
+        assert torch.equal(found, wanted)
+
+
 def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Every register is that of the reference."""
     assert found.keys() == expected.keys()
