@@ -46,15 +46,19 @@ class Network:
 
 
 def settle(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Every batch norm divides by the size of what it reads, so that nothing vanishes or explodes.
+    """Every batch norm divides by the size of what it reads, and no layer's weights are all zero.
 
-    It subtracts nothing: that would turn networks of random weights into amplifiers of noise.
+    Thus nothing vanishes or explodes. Batch norms subtract nothing: that would turn networks of
+    random weights into amplifiers of noise.
     """
 
     def rescale(norm: Any, arguments: tuple[Tensor]) -> None:
         norm.running_mean.zero_()
         norm.running_var.fill_(arguments[0].square().mean())
 
+    for name, weight in model.named_parameters():
+        if name.endswith("weight") and not weight.any():
+            nn.init.normal_(weight, std=0.1)
     norms = [one for one in model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
     handles = [norm.register_forward_pre_hook(rescale) for norm in norms]
     if norms:

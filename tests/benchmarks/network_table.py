@@ -38,7 +38,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 import fxq
 from fxq.artifact import Artifact
 from fxq.contracts import tensors_of
-from fxq.errors import CaptureError, FxqError
+from fxq.errors import CaptureError, FxqError, PassError
 from fxq.integer.comparison import Comparison
 from fxq.integer.differences import Kind
 from fxq.integer.reference import Reference
@@ -47,8 +47,8 @@ from fxq.registry import find_backend
 
 Row = dict[str, Any]
 HEAD = (
-    "network", "input", "parameters", "captured", "layers", "on int8", "compile",
-    "eager = reference", "ONNX = reference", "argmax", "to float",
+    "network", "input", "parameters", "captured", "layers", "on int8", "weights",
+    "compile", "eager = reference", "ONNX = reference", "argmax", "to float",
 )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ class Compiled:
             for seed, count in enumerate((1, 2, 2, 2))
         )
         self.parameters = sum(one.numel() for one in model.parameters())
-        self.gaps: list[str] = []
+        self.gaps: list[Row] = []
         self.left: list[str] = []
         self.pieces: dict[str, tuple[nn.Module, Artifact, tuple[Tensor, ...]]] = {}
         start = time.perf_counter()
@@ -84,10 +84,7 @@ class Compiled:
     def _in_parts(self, result: fxq.PartialResult) -> None:
         survey = result.survey
         self.left = survey.left
-        self.gaps = [
-            f"{gap.path or 'the network'} ({gap.kind}): {gap.why}, at {gap.where}"
-            for gap in survey.gaps
-        ]
+        self.gaps = [vars(gap) for gap in survey.gaps]
         with torch.no_grad():
             result.module(*self.images)
         for path, artifact in result.artifacts.items():
@@ -109,10 +106,19 @@ class Compiled:
             "left": self.left,
             "layers": len(layers) + len(self.left),
             "int8": len(layers) - len(floats),
+            "weights": sum(int8_weights(artifact) for _, artifact, _ in self.pieces.values()),
             "in float": Counter(f"{one.op}: {one.why}" for one in floats),
             "opaque": opaque,
             "seconds": self.seconds,
         }
+
+
+def int8_weights(artifact: Artifact) -> int:
+    """How many weights integer layers multiply."""
+    program = artifact.integers
+    grids = program.grids()
+    layers = (s for s in program if s.op in ("conv", "linear") and grids.get(s.inputs[0]))
+    return sum(program.tensors[name].numel() for name in {s.tensors["weight"] for s in layers})
 
 
 OPAQUE = (
@@ -133,7 +139,8 @@ def measure(network: Network, recipe: str, keep: Callable[[Row], None]) -> None:
             found = [compared(stage, *one) for one in compiled.pieces.values()]
             keep(row := row | {stage: joined(found)})
     except FxqError as error:
-        keep(row | {f"{stage} refusal": " | ".join(str(error).split("\n  "))})
+        what = "crash" if isinstance(error, PassError) else "refusal"
+        keep(row | {f"{stage} {what}": " | ".join(str(error).split("\n  "))})
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}:{last.lineno}"
@@ -310,7 +317,8 @@ def cells(row: Row) -> list[str]:
         f"{row['parameters'] / 1e6:.2f} M" if known else "-",
         captured(row),
         str(row["layers"]) if known else "-",
-        f"{share:.0f} %{' *' if row['opaque'] else ''}" if known else "-",
+        f"{share:.0f} %" if known else "-",
+        f"{100 * row['weights'] / row['parameters']:.0f} %" if known else "-",
         f"{row['seconds']:.1f} s" if known else "-",
         verdict(row, "eager"),
         verdict(row, "onnx"),
@@ -321,9 +329,12 @@ def cells(row: Row) -> list[str]:
 
 def remarks(row: Row) -> list[str]:
     """What there is to say beside the table."""
-    gaps = (re.sub(r"\S*/site-packages/", "", gap) for gap in row.get("gaps", []))
-    found = [f"runs as written: {gap}" for gap in gaps]
-    found += [f"in no part: {', '.join(row['left'])}"] if row.get("left") else []
+    reasons: dict[str, list[Row]] = {}
+    for gap in row.get("gaps", []):
+        reasons.setdefault(gap["why"], []).append(gap)
+    found = [f"as written: {of_kinds(gaps)}: {why}" for why, gaps in reasons.items()]
+    left = row.get("left", [])
+    found += [f"{len(left)} layers in no part, such as {left[0]}"] if left else []
     found += [f"{n} stay in float: {why}" for why, n in row.get("in float", {}).items()]
     found += [f"{n} {op} stay in float, one node each" for op, n in row.get("opaque", {}).items()]
     for stage in ("compile", "eager", "onnx"):
@@ -332,6 +343,14 @@ def remarks(row: Row) -> list[str]:
                 found.append(f"{stage} {what}: {row[f'{stage} {what}']}")
         found += [f"{stage} differs in {one}" for one in row.get(stage, {}).get("worst", [])]
     return found + ([row["failure"]] if row["failure"] else [])
+
+
+def of_kinds(gaps: Sequence[Row]) -> str:
+    """The modules' classes, and where the first of them is."""
+    kinds = Counter(gap["kind"] for gap in gaps)
+    names = (kind if count == 1 else f"{count} {kind}" for kind, count in kinds.items())
+    place = re.sub(r"\S*?(torchvision|timm)/(?=models)", r"\1/", gaps[0]["where"])
+    return f"{', '.join(names)} ({place})"
 
 
 def counts(rows: Sequence[Row]) -> str:
